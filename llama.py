@@ -1,0 +1,398 @@
+"""LLaMA by hand: RMSNorm, rotary positions, grouped-query attention, SwiGLU, greedy decoding.
+
+This file knows token ids. It knows nothing of text (data.py), of fine-tuning (rora.py) or of files (checkpoints.py).
+
+Shapes are written with one alphabet, in every file of this project:
+    B  rows, i.e. sequences      T  tokens of the longest row      N  tokens of all rows together
+    C  model width               F  SwiGLU width                   V  vocabulary
+    H  query heads               G  key/value heads                D  head width, C / H
+    L  layers                    S  places in a KV cache           P  places taken by a prefix
+
+A batch is one flat stream of N tokens, its rows laid end to end. Everything but attention treats each token alone, so
+no arithmetic is spent on padding; attention is told by a `Rows` where each row begins.
+
+Where precision changes (base dtype: bf16 on CUDA; fp32 or bf16 on a CPU):
+    base weights, matrix products, residual stream    base dtype
+    inside RMSNorm; rotary tables and rotation        fp32
+    scores, softmax, weighted sum of values           base dtype with fp32 accumulation on CUDA, fp32 on a CPU
+    loss (rora.py)                                    fp32
+    adapters, their gradients, AdamW (rora.py)        fp32; A and B are cast to the base dtype where they multiply
+"""
+
+import inspect
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from checkpoints import CheckpointError, TensorFiles, read_json, write_tensors
+
+try:  # attention over rows of different lengths without padding: CUDA only, torch >= 2.10
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:
+    varlen_attn = None
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    dim: int = 4096          # C
+    n_layers: int = 32       # L
+    n_heads: int = 32        # H
+    n_kv_heads: int = 32     # G
+    hidden_dim: int = 11008  # F
+    vocab_size: int = 32000  # V
+    norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    max_positions: int = 2048
+    tie_embeddings: bool = False  # lm_head is embed_tokens
+
+    @property
+    def head_dim(self) -> int:  # D
+        return self.dim // self.n_heads
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> "LlamaConfig":
+        """Read a checkpoint's config.json, in the spelling of transformers 4 or 5.
+
+        Raises CheckpointError for a missing or absurd value, and for every key that would make the model compute
+        something that this file does not: such a checkpoint would load and be quietly wrong.
+        """
+        path = Path(path)
+        hf = read_json(path)
+
+        def bad(what: str) -> CheckpointError:
+            return CheckpointError(f"{path}: {what}")
+
+        def number(key: str, kind: type, default=None):
+            value = hf.get(key, default)
+            if value is None:
+                value = default
+            if value is None:
+                raise bad(f'no "{key}"')
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or kind is int and value != int(value):
+                raise bad(f'"{key}" is {value!r}, expected {"a whole number" if kind is int else "a number"}')
+            if not 0 < value < 1e9:
+                raise bad(f'"{key}" is {value!r}, out of range')
+            return kind(value)
+
+        rope = hf.get("rope_parameters") or {}  # transformers 5 gathers what 4 kept in rope_theta and rope_scaling
+        scaling = hf.get("rope_scaling") or {}
+        if not isinstance(rope, dict) or not isinstance(scaling, dict):
+            raise bad('"rope_parameters" and "rope_scaling" must be objects')
+        rope_type = scaling.get("rope_type", scaling.get("type", rope.get("rope_type", "default")))
+        n_heads, dim = number("num_attention_heads", int), number("hidden_size", int)
+        for key, value, supported in [
+            ("model_type", hf.get("model_type", "llama"), "llama"),
+            ("hidden_act", hf.get("hidden_act", "silu"), "silu"),
+            ("rope_scaling", rope_type, "default"),
+            ("attention_bias", bool(hf.get("attention_bias")), False),
+            ("mlp_bias", bool(hf.get("mlp_bias")), False),
+            ("quantization_config", hf.get("quantization_config"), None),
+            ("partial_rotary_factor", rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0)), 1.0),
+            ("head_dim", hf.get("head_dim") or dim // n_heads, dim / n_heads),
+        ]:
+            if value != supported:
+                raise bad(f'"{key}" is {value!r}; this model computes only {supported!r}')
+        n_kv_heads = number("num_key_value_heads", int, n_heads)
+        if n_heads % n_kv_heads or (dim // n_heads) % 2:
+            raise bad(f"{n_heads} heads of width {dim // n_heads} in groups of {n_kv_heads}: heads must be a multiple of "
+                      "key/value heads, and their width even")
+        return cls(dim, number("num_hidden_layers", int), n_heads, n_kv_heads, number("intermediate_size", int),
+                   number("vocab_size", int), number("rms_norm_eps", float, 1e-6),
+                   number("rope_theta", float, rope.get("rope_theta", 10000.0)),
+                   number("max_position_embeddings", int, 2048), bool(hf.get("tie_word_embeddings")))
+
+    def to_json(self, dtype: torch.dtype) -> dict:
+        """The same facts as transformers 4 spells them; transformers 5 reads both."""
+        return {
+            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+            "hidden_size": self.dim, "num_hidden_layers": self.n_layers, "num_attention_heads": self.n_heads,
+            "num_key_value_heads": self.n_kv_heads, "intermediate_size": self.hidden_dim, "vocab_size": self.vocab_size,
+            "rms_norm_eps": self.norm_eps, "rope_theta": self.rope_theta, "max_position_embeddings": self.max_positions,
+            "tie_word_embeddings": self.tie_embeddings, "bos_token_id": 1, "eos_token_id": 2,
+            "torch_dtype": str(dtype).removeprefix("torch."),
+        }
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight. Unlike LayerNorm: no mean subtracted, no bias."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., C) -> (..., C)
+        x32 = x.float()  # squares of bf16 activations lose too many bits
+        normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
+        return normed.type_as(x) * self.weight
+
+
+def rope_tables(positions: Tensor, D: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin of position · frequency: (N,) -> two of (N, 1, D/2). Frequency d falls from 1 towards 1/theta."""
+    freqs = 1.0 / theta ** (torch.arange(0, D, 2, device=positions.device).float() / D)  # (D/2,)
+    angles = torch.outer(positions.float(), freqs)[:, None]                              # (N, 1, D/2)
+    return angles.cos(), angles.sin()
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # (N, H, D) -> (N, H, D), fp32
+    """Rotate each pair (x[d], x[d + D/2]) by its angle; q·k then depends on distance alone.
+
+    The pairing is Hugging Face's. Meta's own files pair neighbours (x[2d], x[2d + 1]): tools/meta_to_hf.py.
+    """
+    x1, x2 = x.float().chunk(2, dim=-1)
+    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
+
+
+class Rows:
+    """Which of N tokens belong to which of B rows, and where each token stands in its row.
+
+    Args:
+        lengths: tokens of each row, B numbers that sum to N.
+        positions: (N,) each token's position, as RoPE counts it.
+        rope: cos and sin at those positions.
+        decoding: True when each row is one new token whose predecessors lie in a cache.
+    """
+
+    def __init__(self, lengths: list[int], positions: Tensor, rope: tuple[Tensor, Tensor], decoding: bool = False):
+        self.lengths, self.positions, self.decoding = lengths, positions, decoding
+        self.cos, self.sin = rope
+        self.B, self.T = len(lengths), max(lengths)
+        self.even = min(lengths) == self.T
+        device = positions.device
+        counts = torch.tensor(lengths)
+        ends = counts.cumsum(0)
+        self.ends = ends.to(device)                                              # (B,) one past each row's last token
+        self.cu_seq = F.pad(ends, (1, 0)).to(device, torch.int32)                # (B + 1,) what varlen_attn asks for
+        row = torch.arange(self.B).repeat_interleave(counts)                     # (N,)
+        column = torch.arange(len(row)) - (ends - counts)[row]                   # (N,)
+        self.slot = (row * self.T + column).to(device)                           # (N,) place in the padded (B, T)
+
+    def pad(self, x: Tensor) -> Tensor:  # (N, H, D) -> (B, H, T, D)
+        """Rows of equal length for kernels that need them. Zeros on the right: no earlier token can see them."""
+        if not self.even:
+            x = x.new_zeros(self.B * self.T, *x.shape[1:]).index_copy(0, self.slot, x)
+        return x.view(self.B, self.T, *x.shape[1:]).transpose(1, 2)
+
+    def unpad(self, x: Tensor) -> Tensor:  # (B, H, T, D) -> (N, H, D)
+        x = x.transpose(1, 2).flatten(0, 1)
+        return x if self.even else x.index_select(0, self.slot)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, rows: Rows, past: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """Causal attention inside every row: softmax(q·k / √D) v.
+
+    (N, H, D), (N, G, D), (N, G, D) -> (N, H, D). `past`: keys and values, each (G, P, D), that every row sees as if
+    they stood before its first token. On CUDA rows of any length go through one kernel; elsewhere, and behind a
+    prefix, they are padded for the attention alone.
+    """
+    if varlen_attn is not None and q.is_cuda and past is None:
+        return varlen_attn(q, k, v, rows.cu_seq, rows.cu_seq, rows.T, rows.T, **_varlen_flags(q.size(1) != k.size(1)))
+    q, k, v = rows.pad(q), rows.pad(k), rows.pad(v)
+    mask = None
+    if past is not None:
+        k, v = (torch.cat([p.to(x.dtype).expand(rows.B, -1, -1, -1), x], dim=2) for p, x in zip(past, (k, v)))
+        mask = torch.ones(rows.T, k.size(2), dtype=torch.bool, device=q.device).tril(k.size(2) - rows.T)  # (T, P + T)
+    return rows.unpad(sdpa(q, k, v, mask, causal=mask is None))
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
+    """torch's fused attention, (B, H, T, D) x (B, G, S, D) -> (B, H, T, D), with each key head serving H / G queries."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.size(1) != k.size(1))
+
+
+def _varlen_flags(grouped: bool) -> dict:
+    """varlen_attn's spelling of causal and grouped changed between torch 2.10 (is_causal) and 2.11 (window_size)."""
+    known = inspect.signature(varlen_attn).parameters
+    causal = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    return causal | ({"enable_gqa": grouped} if "enable_gqa" in known else {})
+
+
+class KVCache:
+    """Keys and values of every layer for B rows of at most S tokens, allocated once: (L, B, G, S, D) each."""
+
+    def __init__(self, model: "Llama", B: int, S: int):
+        cfg, weight = model.cfg, model.embed_tokens.weight
+        dtype = weight.dtype if weight.is_cuda else torch.float32  # as attend() takes them: nothing is cast twice
+        shape = (cfg.n_layers, B, cfg.n_kv_heads, S, cfg.head_dim)
+        self.k, self.v = (torch.zeros(shape, dtype=dtype, device=weight.device) for _ in range(2))
+
+    def __getitem__(self, layer: int) -> tuple[Tensor, Tensor]:
+        return self.k[layer], self.v[layer]
+
+
+class Attention(nn.Module):
+    prefix_len = 0  # P; baselines.PrefixAttention, which wraps this class, has more
+
+    def __init__(self, cfg: LlamaConfig):
+        super().__init__()
+        self.n_heads, self.n_kv_heads, self.head_dim = cfg.n_heads, cfg.n_kv_heads, cfg.head_dim
+        self.q_proj = nn.Linear(cfg.dim, cfg.n_heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(cfg.dim, cfg.n_kv_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(cfg.dim, cfg.n_kv_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(cfg.n_heads * self.head_dim, cfg.dim, bias=False)
+
+    def forward(self, x: Tensor, rows: Rows, cache: tuple[Tensor, Tensor] | None = None,
+                past: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """(N, C) -> (N, C). `cache`: this layer's (B, G, S, D) keys and values, filled here. `past`: as in attend()."""
+        N = x.size(0)
+        dtype = x.dtype if x.is_cuda else torch.float32  # CPU kernels are quicker, and exact, in fp32
+        q = apply_rope(self.q_proj(x).view(N, self.n_heads, -1), rows.cos, rows.sin).to(dtype)     # (N, H, D)
+        k = apply_rope(self.k_proj(x).view(N, self.n_kv_heads, -1), rows.cos, rows.sin).to(dtype)  # (N, G, D)
+        v = self.v_proj(x).view(N, self.n_kv_heads, -1).to(dtype)                                  # (N, G, D)
+        if rows.decoding:
+            y = self.decode(q, k, v, rows, cache)
+        else:
+            y = attend(q, k, v, rows, past)
+            if cache is not None:
+                P = 0 if past is None else past[0].size(1)
+                for place, new, old in zip(cache, (k, v), past or (None, None)):
+                    place[:, :, P : P + rows.T] = rows.pad(new)
+                    if P:
+                        place[:, :, :P] = old
+        return self.o_proj(y.flatten(1).to(x.dtype))
+
+    def decode(self, q: Tensor, k: Tensor, v: Tensor, rows: Rows, cache: tuple[Tensor, Tensor]) -> Tensor:
+        """One new token a row, at the row's own position, looking at what the cache holds up to there."""
+        keys, values = cache
+        every = torch.arange(rows.B, device=q.device)
+        keys[every, :, rows.positions], values[every, :, rows.positions] = k, v
+        visible = torch.arange(keys.size(2), device=q.device) <= rows.positions[:, None]  # (B, S)
+        return sdpa(q[:, :, None], keys, values, visible[:, None, None])[:, :, 0]         # (B, H, D)
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, cfg: LlamaConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(cfg.dim, cfg.hidden_dim, bias=False)
+        self.up_proj = nn.Linear(cfg.dim, cfg.hidden_dim, bias=False)
+        self.down_proj = nn.Linear(cfg.hidden_dim, cfg.dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, C) -> (N, C)
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, cfg: LlamaConfig):
+        super().__init__()
+        self.input_layernorm = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.self_attn = Attention(cfg)
+        self.post_attention_layernorm = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.mlp = SwiGLU(cfg)
+
+    def forward(self, x: Tensor, rows: Rows, cache: tuple[Tensor, Tensor] | None = None) -> Tensor:  # (N, C) -> (N, C)
+        x = x + self.self_attn(self.input_layernorm(x), rows, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Llama(nn.Module):
+    """The whole model. Submodules bear the names of Hugging Face's state dicts, less the leading "model."."""
+
+    def __init__(self, cfg: LlamaConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.dim)
+        self.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
+        self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.lm_head = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
+        if cfg.tie_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    def rows(self, lengths: list[int]) -> Rows:
+        """Rows that begin at position 0, or after the prefix where there is one."""
+        device = self.embed_tokens.weight.device
+        start = self.layers[0].self_attn.prefix_len
+        positions = torch.cat([torch.arange(start, start + n) for n in lengths]).to(device)
+        return Rows(lengths, positions, rope_tables(positions, self.cfg.head_dim, self.cfg.rope_theta))
+
+    def hidden(self, ids: Tensor, rows: Rows, cache: KVCache | None = None, checkpoint_blocks: int = 0) -> Tensor:
+        """(N,) token ids -> (N, C), what lm_head reads.
+
+        The first `checkpoint_blocks` blocks keep their input alone and are computed again in the backward pass.
+        """
+        x = self.embed_tokens(ids)
+        for i, layer in enumerate(self.layers):
+            if i < checkpoint_blocks:
+                x = checkpoint(layer, x, rows, use_reentrant=False)
+            else:
+                x = layer(x, rows, cache[i] if cache is not None else None)
+        return self.norm(x)
+
+    def forward(self, ids: Tensor) -> Tensor:  # (B, T) -> (B, T, V)
+        B, T = ids.shape
+        return self.lm_head(self.hidden(ids.flatten(), self.rows([T] * B))).view(B, T, -1)
+
+
+@torch.inference_mode()
+def generate(model: Llama, prompts: list[list[int]], max_new: int, eos: int) -> list[list[int]]:
+    """Greedy continuations of several prompts at once, each up to its eos, which is left out.
+
+    One pass over all prompts fills the cache; then each pass adds one token to every row, at that row's own position.
+    What one row says does not depend on the others: rows never see each other, and padding is never seen at all.
+    """
+    if not prompts:
+        return []
+    device, P = model.embed_tokens.weight.device, model.layers[0].self_attn.prefix_len
+    lengths = [len(p) for p in prompts]
+    rows = model.rows(lengths)
+    cache = KVCache(model, len(prompts), P + rows.T + max_new)
+    hidden = model.hidden(torch.tensor([i for p in prompts for i in p], device=device), rows, cache)
+    hidden = hidden[rows.ends - 1]                                           # (B, C) only the last token speaks
+    positions = P + torch.tensor(lengths, device=device)                     # (B,) where the next token goes
+    out = torch.full((len(prompts), max_new), eos, device=device)            # (B, max_new)
+    done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    for step in range(max_new):
+        token = model.lm_head(hidden).argmax(-1).masked_fill(done, eos)      # (B,)
+        out[:, step] = token
+        done |= token == eos
+        if step + 1 == max_new or done.all():
+            break
+        rope = rope_tables(positions, model.cfg.head_dim, model.cfg.rope_theta)
+        hidden = model.hidden(token, Rows([1] * len(prompts), positions, rope, decoding=True), cache)
+        positions = positions + 1
+    return [row[: row.index(eos)] if eos in row else row for row in out.tolist()]
+
+
+def load_llama(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = torch.bfloat16) -> Llama:
+    """A model from a Hugging Face folder: config.json and *.safetensors or pytorch_model*.bin.
+
+    Built on the meta device and filled one tensor at a time, so that host memory holds about one tensor. dtype None
+    keeps the dtype on disk. Raises CheckpointError, before anything is read, when names or shapes do not fit.
+    """
+    folder = Path(folder)
+    cfg = LlamaConfig.from_json(folder / "config.json")
+    with torch.device("meta"):
+        model = Llama(cfg)
+    files = TensorFiles(folder)
+    want = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+    tied = cfg.tie_embeddings and "lm_head.weight" not in files.shapes
+    if tied:
+        del want["lm_head.weight"]
+    files.require(want)
+    state = {name: files.read(name, device, dtype) for name in want}
+    if cfg.tie_embeddings:
+        state["lm_head.weight"] = state["embed_tokens.weight"]
+    model.load_state_dict(state, assign=True)
+    if cfg.tie_embeddings:
+        model.lm_head.weight = model.embed_tokens.weight
+    return model
+
+
+def save_llama(model: Llama, folder: str | Path) -> None:
+    """Write config.json and safetensors in Hugging Face's layout. Raises ValueError while adapters are attached."""
+    state = model.state_dict()
+    with torch.device("meta"):
+        plain = Llama(model.cfg).state_dict()
+    if state.keys() != plain.keys():
+        raise ValueError("save_llama writes plain models: merge(model) first, or save_adapter(model, folder)")
+    if model.cfg.tie_embeddings:
+        del state["lm_head.weight"]
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(folder, state)
+    config = model.cfg.to_json(model.embed_tokens.weight.dtype)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
