@@ -13,6 +13,7 @@ import math
 import pickle
 import re
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -167,21 +168,27 @@ class TensorFiles:
         return digest.hexdigest()
 
 
-def write_tensors(folder: Path, tensors: dict[str, Tensor], shard_bytes: int = SHARD_BYTES) -> None:
-    """model.safetensors, or shards of about `shard_bytes` with their index, under Hugging Face's names."""
-    shards: list[dict[str, Tensor]] = [{}]
+def write_tensors(folder: Path, tensors: Mapping[str, Tensor], shard_bytes: int = SHARD_BYTES) -> None:
+    """model.safetensors, or shards of about `shard_bytes` with their index, under Hugging Face's names.
+
+    `tensors` is asked for each tensor twice, once for its size and once to be written, so a mapping that makes them
+    on demand keeps one shard in memory.
+    """
+    shards: list[list[str]] = [[]]
     size = total = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.nbytes > shard_bytes:
-            shards.append({})
+    for name in tensors:
+        nbytes = tensors[name].nbytes
+        if shards[-1] and size + nbytes > shard_bytes:
+            shards.append([])
             size = 0
-        shards[-1][name if name.startswith("lm_head") else f"model.{name}"] = tensor
-        size, total = size + tensor.nbytes, total + tensor.nbytes
+        shards[-1].append(name)
+        size, total = size + nbytes, total + nbytes
+    theirs = lambda name: name if name.startswith("lm_head") else f"model.{name}"
     where = {}
     for i, shard in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
-        save_file({n: t.detach().cpu().contiguous() for n, t in shard.items()}, folder / file, metadata={"format": "pt"})
-        where |= dict.fromkeys(shard, file)
+        save_file({theirs(n): tensors[n].detach().cpu().contiguous() for n in shard}, folder / file, {"format": "pt"})
+        where |= {theirs(n): file for n in shard}
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": where}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

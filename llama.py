@@ -21,7 +21,7 @@ Where precision changes (base dtype: bf16 on CUDA; fp32 or bf16 on a CPU):
 
 import inspect
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -49,6 +49,8 @@ class LlamaConfig:
     rope_theta: float = 10000.0
     max_positions: int = 2048
     tie_embeddings: bool = False  # lm_head is embed_tokens
+    bos: int = 1  # as config.json says; the tokenizer knows better (some old conversions have 0 and 1)
+    eos: int = 2
 
     @property
     def head_dim(self) -> int:  # D
@@ -104,7 +106,8 @@ class LlamaConfig:
         return cls(dim, number("num_hidden_layers", int), n_heads, n_kv_heads, number("intermediate_size", int),
                    number("vocab_size", int), number("rms_norm_eps", float, 1e-6),
                    number("rope_theta", float, rope.get("rope_theta", 10000.0)),
-                   number("max_position_embeddings", int, 2048), bool(hf.get("tie_word_embeddings")))
+                   number("max_position_embeddings", int, 2048), bool(hf.get("tie_word_embeddings")),
+                   *(_first_id(hf.get(key), default) for key, default in [("bos_token_id", 1), ("eos_token_id", 2)]))
 
     def to_json(self, dtype: torch.dtype) -> dict:
         """The same facts as transformers 4 spells them; transformers 5 reads both."""
@@ -113,9 +116,16 @@ class LlamaConfig:
             "hidden_size": self.dim, "num_hidden_layers": self.n_layers, "num_attention_heads": self.n_heads,
             "num_key_value_heads": self.n_kv_heads, "intermediate_size": self.hidden_dim, "vocab_size": self.vocab_size,
             "rms_norm_eps": self.norm_eps, "rope_theta": self.rope_theta, "max_position_embeddings": self.max_positions,
-            "tie_word_embeddings": self.tie_embeddings, "bos_token_id": 1, "eos_token_id": 2,
+            "tie_word_embeddings": self.tie_embeddings, "bos_token_id": self.bos, "eos_token_id": self.eos,
             "torch_dtype": str(dtype).removeprefix("torch."),
         }
+
+
+def _first_id(value: object, default: int) -> int:
+    """Chat models list several end tokens; the first is the one that ends a text."""
+    if isinstance(value, list) and value:
+        value = value[0]
+    return value if isinstance(value, int) else default
 
 
 class RMSNorm(nn.Module):
@@ -190,7 +200,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, rows: Rows, past: tuple[Tensor, Tens
     they stood before its first token. On CUDA rows of any length go through one kernel; elsewhere, and behind a
     prefix, they are padded for the attention alone.
     """
-    if varlen_attn is not None and q.is_cuda and past is None:
+    if varlen_attn is not None and q.is_cuda and q.dtype != torch.float32 and past is None:
         return varlen_attn(q, k, v, rows.cu_seq, rows.cu_seq, rows.T, rows.T, **_varlen_flags(q.size(1) != k.size(1)))
     q, k, v = rows.pad(q), rows.pad(k), rows.pad(v)
     mask = None

@@ -4,7 +4,7 @@
 
 Reads params.json, consolidated.00.pth, 01, ... and tokenizer.model (there, or in the folder above, where LLaMA-1 and 2
 have it); writes config.json, model.safetensors (shards of 5 GB with an index, if larger) and tokenizer.model. The dtype
-stays. Memory: one output shard; the input is mapped, not read.
+stays. The input is mapped, and each tensor is made whole only when it is written.
 
 The layouts differ in names, in how files share a tensor, and in one thing that no error would betray: Meta rotates the
 pairs (2j, 2j+1) of a head and Hugging Face (j, j+D/2), so the rows of q and k change places.
@@ -15,18 +15,18 @@ import json
 import re
 import shutil
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository's root
 
-from checkpoints import SHARD_BYTES, CheckpointError, read_json, read_pickle, some  # noqa: E402
+from checkpoints import CheckpointError, read_json, read_pickle, some, write_tensors  # noqa: E402
 from data import load_tokenizer  # noqa: E402
 from llama import Llama, LlamaConfig  # noqa: E402
+from runs import new_folder  # noqa: E402
 
 META_NAMES = {
     "embed_tokens": "tok_embeddings", "norm": "norm", "lm_head": "output",
@@ -53,14 +53,104 @@ def hf_to_meta(w: Tensor, n_heads: int) -> Tensor:
     return w.reshape(n_heads, 2, -1, *w.shape[1:]).transpose(1, 2).reshape(w.shape)
 
 
-def read_params(path: Path, vocab_size: int) -> LlamaConfig:
-    """Meta's params.json. Raises CheckpointError for what llama.py does not compute, and for a missing key."""
-    params = read_json(path)
+def read_params(path: Path, tokenizer) -> LlamaConfig:
+    """Meta's params.json, whose vocab_size -1 means the tokenizer's. Raises CheckpointError for what llama.py lacks."""
+    params = {"vocab_size": -1, "n_kv_heads": None, "ffn_dim_multiplier": None, "rope_theta": 10000.0} | read_json(path)
     if params.get("use_scaled_rope"):
-        raise CheckpointError(f'{path}: "use_scaled_rope" (Llama 3.1 and later) is not computed by llama.py')
+        raise CheckpointError(f'{path}: "use_scaled_rope" (Llama 3.1 and later) is not something llama.py computes')
     try:
-        dim, n_heads, eps = params["dim"], params["n_heads"], params["norm_eps"]
-        hidden = int(params.get("ffn_dim_multiplier") or 1) if False else int(8 * dim / 3)
-        return dim, n_heads, eps, hidden
+        dim, multiple, n_heads = params["dim"], params["multiple_of"], params["n_heads"]
+        hidden = int(8 * dim / 3)
+        if params["ffn_dim_multiplier"]:
+            hidden = int(params["ffn_dim_multiplier"] * hidden)
+        theta, eps = float(params["rope_theta"]), float(params["norm_eps"])
+        return LlamaConfig(
+            dim=dim, n_layers=params["n_layers"], n_heads=n_heads, n_kv_heads=params["n_kv_heads"] or n_heads,
+            hidden_dim=-(-hidden // multiple) * multiple,
+            vocab_size=params["vocab_size"] if params["vocab_size"] > 0 else tokenizer.vocab_size,
+            norm_eps=eps, rope_theta=theta, bos=tokenizer.bos, eos=tokenizer.eos,
+            # No file says it. What tells LLaMA-7B and 13B, Llama-2 and Llama-3 apart is theta and eps.
+            max_positions=8192 if theta > 10000 else 2048 if eps < 1e-5 else 4096)
     except KeyError as e:
         raise CheckpointError(f"{path}: no {e}") from None
+    except TypeError as e:
+        raise CheckpointError(f"{path}: not Meta's params.json ({e})") from None
+
+
+class MetaTensors(Mapping):
+    """The tensors of consolidated.00.pth, 01, ... by our names, each made whole when it is asked for and not kept."""
+
+    def __init__(self, folder: Path, cfg: LlamaConfig):
+        self.folder, self.cfg = folder, cfg
+        with torch.device("meta"):
+            self.shapes = {name: p.shape for name, p in Llama(cfg).state_dict().items()}
+        found = sorted(path.name for path in folder.glob("consolidated.*.pth"))
+        if not found or found != [f"consolidated.{i:02}.pth" for i in range(len(found))]:
+            raise CheckpointError(f"{folder}: expected consolidated.00.pth, 01, ..., found {some(found) or 'none'}")
+        self.files = [read_pickle(folder / name) for name in found]
+        want = {meta_name(name) for name in self.shapes}
+        for name, file in zip(found, self.files):
+            if wrong := (file.keys() - {"rope.freqs"}) ^ want:
+                raise CheckpointError(f"{folder / name}: missing or unexpected: {some(wrong)}")
+        self.dtype = self.files[0][meta_name("norm.weight")].dtype
+        for name in self.shapes:
+            self.split_dim(name)
+
+    def split_dim(self, name: str) -> int | None:
+        """The one dimension in which each file's part falls short of the whole; None: every file has all of it.
+
+        Found from the shapes: tok_embeddings is cut across its width in LLaMA-1 and 2, across the vocabulary in Llama-3.
+        """
+        parts, whole = [file[meta_name(name)].shape for file in self.files], self.shapes[name]
+        short = {d for part in parts for d, (some_of_it, all_of_it) in enumerate(zip(part, whole)) if some_of_it != all_of_it}
+        if len(short) > 1 or any(sum(part[d] for part in parts) != whole[d] for d in short):
+            raise CheckpointError(f"{self.folder}: {meta_name(name)} is {' and '.join(str(tuple(p)) for p in parts)}, "
+                                  f"which does not make up {tuple(whole)}")
+        return short.pop() if short else None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def __getitem__(self, name: str) -> Tensor:
+        parts, dim = [file[meta_name(name)] for file in self.files], self.split_dim(name)
+        w = parts[0] if dim is None else torch.cat(parts, dim)
+        for module, n_heads in (("q_proj", self.cfg.n_heads), ("k_proj", self.cfg.n_kv_heads)):
+            if module in name:
+                w = meta_to_hf(w, n_heads)
+        return w
+
+
+def convert(source: Path, target: Path) -> None:
+    model = next((p for p in (source / "tokenizer.model", source.parent / "tokenizer.model") if p.exists()), None)
+    if model is None:
+        raise CheckpointError(f"{source}: no tokenizer.model, there or in the folder above")
+    cfg = read_params(source / "params.json", load_tokenizer(model))
+    tensors = MetaTensors(source, cfg)
+    with new_folder(target) as folder:
+        write_tensors(folder, tensors)
+        (folder / "config.json").write_text(json.dumps(cfg.to_json(tensors.dtype), indent=2) + "\n")
+        shutil.copyfile(model, folder / "tokenizer.model")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Meta's checkpoint layout -> Hugging Face's.", allow_abbrev=False)
+    parser.add_argument("source", type=Path, metavar="META_FOLDER", help="params.json and consolidated.*.pth")
+    parser.add_argument("target", type=Path, metavar="HF_FOLDER", help="must not exist")
+    args = parser.parse_args(argv)
+    if args.target.exists():
+        print(f"{args.target}: exists; give a new folder", file=sys.stderr)
+        return 2
+    try:
+        convert(args.source, args.target)
+    except (ValueError, OSError) as e:
+        print(e, file=sys.stderr)
+        return 3 if isinstance(e, ValueError) else 1
+    print(f"wrote {args.target}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""The three adapters that the paper compares RoRA with: Series, Parallel and Prefix.
+
+Each is built as the layers in rora.py are, Wrapper(base, size, alpha, dropout), and trains only what it adds; alpha plays
+no part here. Definitions: AGI-Edgerunners/LLM-Adapters (Series, Parallel), PEFT's prefix tuning.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llama import Attention, Rows
+
+
+class SeriesAdapter(nn.Module):
+    """Houlsby et al. 2019, a bottleneck after a linear layer:  z = W x,  y = z + f(z),  f(z) = up tanh(down z).
+
+    Both matrices start at N(0, 0.02²), so the start is near the base model, not equal to it.
+    """
+
+    wraps = nn.Linear
+    targets = ("down_proj",)
+    alpha = scale = None
+
+    def __init__(self, base: nn.Linear, size: int, alpha: float | None = None, dropout: float = 0.0):
+        super().__init__()
+        self.base, self.size, self.dropout = base, size, nn.Dropout(dropout)
+        width = self.width_in(base)
+        device = base.weight.device
+        self.adapter_down = nn.Parameter(torch.empty(size, width, device=device).normal_(0, 0.02))
+        self.adapter_up = nn.Parameter(torch.empty(base.out_features, size, device=device).normal_(0, 0.02))
+
+    @staticmethod
+    def width_in(base: nn.Linear) -> int:
+        return base.out_features
+
+    def bottleneck(self, x: Tensor) -> Tensor:  # (..., I) -> (..., O)
+        h = torch.tanh(F.linear(self.dropout(x), self.adapter_down.to(x.dtype)))
+        return F.linear(h, self.adapter_up.to(x.dtype))
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., I) -> (..., O)
+        z = self.base(x)
+        return z + self.bottleneck(z)
+
+
+class ParallelAdapter(SeriesAdapter):
+    """He et al. 2022, the bottleneck beside the linear layer:  y = W x + f(x)."""
+
+    targets = ("up_proj", "down_proj")
+
+    @staticmethod
+    def width_in(base: nn.Linear) -> int:
+        return base.in_features
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., I) -> (..., O)
+        return self.base(x) + self.bottleneck(x)
+
+
+class PrefixAttention(nn.Module):
+    """Li & Liang 2021: P learned keys and values a layer, seen by every token as if they came first.
+
+    To attention this is a KV cache that already holds P places. The learned keys are not rotated; real tokens stand at
+    positions P, P + 1, ... (PEFT's convention). They start at N(0, 1), as PEFT's embedding does.
+    """
+
+    wraps = Attention
+    targets = ("self_attn",)
+    alpha = scale = None
+
+    def __init__(self, base: Attention, size: int, alpha: float | None = None, dropout: float = 0.0):
+        super().__init__()
+        self.base, self.size, self.dropout = base, size, nn.Dropout(0.0)
+        shape = (base.n_kv_heads, size, base.head_dim)  # (G, P, D)
+        device = base.k_proj.weight.device
+        self.prefix_k = nn.Parameter(torch.randn(shape, device=device))
+        self.prefix_v = nn.Parameter(torch.randn(shape, device=device))
+
+    @property
+    def prefix_len(self) -> int:
+        return self.size
+
+    def forward(self, x: Tensor, rows: Rows, cache: tuple[Tensor, Tensor] | None = None) -> Tensor:  # (N, C) -> (N, C)
+        return self.base(x, rows, cache, past=(self.prefix_k, self.prefix_v))

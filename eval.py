@@ -1,0 +1,247 @@
+"""The judge: greedy answers to the eight commonsense tasks, exact match, tables.
+
+    python eval.py runs/tiny-rora-r32-s0          a run folder, one of its checkpoints/step-*, or any PEFT folder with --ckpt
+    python eval.py --ckpt tiny                    the base model, for comparison
+    python eval.py --table runs/*                 what was scored so far, one line a run
+
+An answer counts if the first legal answer in the model's greedy continuation is the right one. The paper's scripts decode
+with four beams; every result here says "greedy". A score does not depend on batch size, order or interruption: every
+generation is kept in eval/<task>.jsonl, and scoring again goes on where it stopped.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections import Counter
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import runs
+from checkpoints import CheckpointError, TensorFiles, adapter_file
+from data import TASKS, DataError, extract_answer, find_test_file, format_prompt, load_examples, offered_answers
+from llama import Llama, generate
+from rora import (CHECKPOINTS, DTYPES, PAPER, FlagError, Parser, at_least, exit_code, find_adapter, find_checkpoint, find_device,
+                  find_dtype, find_tokenizer, load_adapter, load_base, merge, read_run)
+
+MAX_NEW_TOKENS = 32  # as in the paper's scripts
+DECODE = f"greedy, {MAX_NEW_TOKENS} new tokens"
+
+# --- scoring ---------------------------------------------------------------------------------------
+
+
+def score_task(task: str, examples: list[dict]) -> dict:
+    """Counts and percentages of one task. Each example has its record's fields and the model's "generation"."""
+    n = len(examples)
+    extracted = [extract_answer(task, e["prompt"] + e["generation"]) for e in examples]
+    correct = sum(a == e["answer"] for a, e in zip(extracted, examples))
+    unanswered = extracted.count("")
+    return {"n": n, "correct": correct, "wrong": n - correct - unanswered, "unanswered": unanswered,
+            "not_offered": sum(bool(a) and bool(o := offered_answers(e)) and a not in o for a, e in zip(extracted, examples)),
+            "accuracy": 100 * correct / n, "constant": 100 * Counter(e["answer"] for e in examples).most_common(1)[0][1] / n}
+
+
+def error_bar(accuracy: float, n: int) -> float:
+    """One binomial standard error, in percentage points."""
+    p = accuracy / 100
+    return 100 * math.sqrt(p * (1 - p) / n)
+
+
+def answer_questions(model: Llama, tokenizer, task: str, examples: list[dict], file: Path, batch_size: int, style: str,
+                     stop: list[int]) -> None:
+    """Generate what `file` does not hold yet, a line a question: {"number", "prompt_tokens", "generation"}.
+
+    Longest prompts first, so that rows of a batch are nearly equal and a lack of memory shows at once. Raises
+    runs.Stopped after the batch in which a signal came; finished lines stay.
+    """
+    prompts = {i: tokenizer.encode(format_prompt(e, style), bos=True, eos=False) for i, e in enumerate(examples)}
+    todo = sorted(prompts.keys() - read_generations(file).keys(), key=lambda i: (-len(prompts[i]), i))
+    with file.open("a", encoding="utf-8") as lines, tqdm(total=len(examples), initial=len(examples) - len(todo), desc=task,
+                                                         unit="question", disable=None) as bar:
+        for start in range(0, len(todo), batch_size):
+            batch = todo[start : start + batch_size]
+            for i, ids in zip(batch, generate(model, [prompts[i] for i in batch], MAX_NEW_TOKENS, tokenizer.eos)):
+                row = {"number": i + 1, "prompt_tokens": len(prompts[i]), "generation": tokenizer.decode(ids)}
+                lines.write(json.dumps(row) + "\n")
+            lines.flush()
+            bar.update(len(batch))
+            if stop:
+                raise runs.Stopped(stop[0])
+
+
+def read_generations(file: Path) -> dict[int, str]:
+    """{index in the test file: text}. Drops from the file a last line that a crash cut short."""
+    if not file.exists():
+        return {}
+    lines, found = file.read_text(encoding="utf-8").splitlines(keepends=True), {}
+    for line in lines:
+        try:
+            row = json.loads(line)
+            found[row["number"] - 1] = row["generation"]
+        except (ValueError, KeyError, TypeError):
+            runs.write_text(file, "".join(lines[: lines.index(line)]))
+            break
+    return found
+
+
+# --- tables ----------------------------------------------------------------------------------------
+
+
+def task_table(results: dict) -> str:
+    """Markdown, a line a task, as printed and kept in results.md."""
+    lines = ["| task | accuracy | ± | constant answer | correct | wrong | unanswered | n |", "|---|--:|--:|--:|--:|--:|--:|--:|"]
+    for task, r in results["tasks"].items():
+        lines.append(f"| {task} | {r['accuracy']:.1f} | {error_bar(r['accuracy'], r['n']):.1f} | {r['constant']:.1f} | {r['correct']} | "
+                     f"{r['wrong']} | {r['unanswered']} | {r['n']} |")
+    if results["mean"] is not None:
+        constant = sum(r["constant"] for r in results["tasks"].values()) / len(TASKS)
+        lines.append(f"| **mean of the eight** | **{results['mean']:.1f}** | | {constant:.1f} | | | | |")
+    return "\n".join(lines)
+
+
+def run_table(folders: list[Path]) -> str:
+    """Markdown, a line a run; a dash where nothing was scored."""
+    lines = ["| run | method | rank | seed | n | " + " | ".join(TASKS) + " | mean |", "|---|---|--:|--:|--:|" + "--:|" * (len(TASKS) + 1)]
+    for folder in folders:
+        path = folder / "eval" / "results.json"
+        if not path.is_file():
+            print(f"note: {folder} has not been scored", file=sys.stderr)
+            continue
+        results = json.loads(path.read_text())
+        s = json.loads((folder / "run.json").read_text())["settings"] if (folder / "run.json").is_file() else {}
+        method = "base" if results["adapter_sha256"] is None else s.get("method", "–")
+        cells = [f"{results['tasks'][t]['accuracy']:.1f}" if t in results["tasks"] else "–" for t in TASKS]
+        mean = "–" if results["mean"] is None else f"{results['mean']:.1f}"
+        n = sum(r["n"] for r in results["tasks"].values())
+        lines.append("| " + " | ".join([folder.name, method, str(s.get("rank", "–")), str(s.get("seed", "–")), str(n), *cells, mean]) + " |")
+    if len(lines) == 2:
+        raise FlagError("none of these folders has been scored; python eval.py RUN does that")
+    return "\n".join(lines)
+
+
+def show_answers(task: str, examples: list[dict], right: bool) -> str | None:
+    """One question with the model's answer, on a few short lines."""
+    for e in examples:
+        if (extract_answer(task, e["prompt"] + e["generation"]) == e["answer"]) == right:
+            return f"{task}, {'right' if right else 'wrong'}:\n    {e['instruction'].replace(chr(10) * 2, chr(10)).replace(chr(10), chr(10) + '    ')}\n" \
+                   f"    -> {e['generation'].strip()!r}" + ("" if right else f", expected {e['answer']}")
+    return None
+
+
+# --- command line ----------------------------------------------------------------------------------
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="eval.py", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__)
+    parser.add_argument("run", nargs="?", metavar="RUN", help="run folder, step folder, or PEFT folder; none: the base model of --ckpt")
+    parser.add_argument("--ckpt", metavar="NAME", help="base checkpoint (default: what RUN was trained on)")
+    parser.add_argument("--data", metavar="DIR", help="folder of <task>/test.json or <task>.json (default: data; tiny: its own)")
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help=f"default: all that --data has, of {', '.join(TASKS)}")
+    parser.add_argument("--limit", type=at_least(1), metavar="N", help="only the first N questions a task")
+    parser.add_argument("--batch-size", type=at_least(1), metavar="N", help="questions at once (default: 256 on cuda, 64 on cpu)")
+    parser.add_argument("--prompt", choices=["clean", "dora"], help="default: the one RUN was trained with")
+    parser.add_argument("--device", metavar="NAME", help="cuda, cpu, mps (default: cuda if there is one)")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on cuda, fp32 on cpu")
+    parser.add_argument("--out", metavar="DIR", help="where answers and scores are kept (default: RUN/eval, or runs/<ckpt>-base/eval)")
+    parser.add_argument("--table", nargs="+", metavar="RUN", help="print the scores of these runs and stop")
+    return parser
+
+
+def find_tests(folder: str, tasks: list[str] | None, limit: int | None) -> dict[str, list[dict]]:
+    """{task: its first `limit` questions}. Raises DataError or FlagError."""
+    if unknown := set(tasks or ()) - TASKS.keys():
+        raise FlagError(f"unknown task {min(unknown)}; choose from {', '.join(TASKS)}")
+    if not Path(folder).is_dir():
+        raise DataError(f"{folder}: no such folder; ./weights_download.sh data fetches the test sets, or give --data")
+    found = {task: find_test_file(folder, task) for task in TASKS if not tasks or task in tasks}
+    if missing := [task for task, path in found.items() if path is None and tasks]:
+        raise DataError(f"{folder}: neither {missing[0]}/test.json nor {missing[0]}.json in it")
+    if not any(found.values()):
+        raise DataError(f"{folder}: no <task>/test.json or <task>.json in it, for any of {', '.join(TASKS)}")
+    return {task: load_examples(path, task)[:limit] for task, path in found.items() if path}
+
+
+def score(args: argparse.Namespace) -> int:
+    if not args.run and not args.ckpt:
+        raise FlagError("what shall be scored? Give a run folder, or --ckpt NAME for a base model")
+    folder, ckpt = find_adapter(args.run, args.ckpt) if args.run else (None, args.ckpt)
+    base = find_checkpoint(ckpt)
+    device = find_device(args.device)
+    dtype = find_dtype(args.dtype, ckpt, device)
+    trained = next((run for run in (folder, folder.parent.parent) if (run / "run.json").is_file()), None) if folder else None
+    style = args.prompt or (read_run(trained)["settings"]["prompt"] if trained else "clean")
+    tests = find_tests(args.data or CHECKPOINTS.get(ckpt, PAPER).tests, args.tasks, args.limit)
+    tokenizer = find_tokenizer(ckpt)
+    out = Path(args.out) if args.out else (folder or Path("runs") / f"{Path(ckpt).name}-base") / "eval"
+    runs.check_writable(out)
+    identity = {"adapter_sha256": runs.sha256(adapter_file(folder)) if folder else None, "base_sha256": TensorFiles(base).fingerprint(),
+                "decode": DECODE, "prompt": style, "dtype": dtype, "data": str(args.data or CHECKPOINTS.get(ckpt, PAPER).tests)}
+
+    model = load_base(ckpt, device, DTYPES[dtype])
+    merged = False
+    if folder:
+        load_adapter(model, folder)
+        try:  # a merged model answers faster; series, parallel and prefix stay applied
+            merge(model)
+            merged = True
+        except ValueError:
+            pass
+    model.eval()
+    results = {"mean": None, "tasks": {}, **identity, "merged": merged, "limit": args.limit}
+    with runs.lock(out), runs.stop_signals() as stop:
+        check_same(out, identity)
+        try:
+            for task, examples in tests.items():
+                file = out / f"{task}.jsonl"
+                answer_questions(model, tokenizer, task, examples, file, args.batch_size or (256 if device.type == "cuda" else 64), style, stop)
+                said = read_generations(file)
+                for i, e in enumerate(examples):
+                    e |= {"prompt": format_prompt(e, style), "generation": said[i]}
+                results["tasks"][task] = score_task(task, examples)
+                if len(results["tasks"]) == len(TASKS):
+                    results["mean"] = sum(r["accuracy"] for r in results["tasks"].values()) / len(TASKS)
+                runs.write_json(out / "results.json", results)
+        except runs.Stopped as e:
+            print(f"stopped; finished answers are kept; to go on: the same command again")
+            return e.code
+        table = task_table(results)
+        title = f"{folder or ckpt + ' (base model)'}: {DECODE}, {style} prompt, {dtype}, {'merged' if merged else 'not merged'}"
+        runs.write_text(out / "results.md", f"{title}\n\n{table}\n")
+    shown = [text for right in (True, False) for task, examples in tests.items() if (text := show_answers(task, examples, right))][-4:]
+    print("\n\n".join([*shown, table]) + f"\n\n{title}\nsaved {out}/results.json; ± is one binomial standard error")
+    return 0
+
+
+def check_same(out: Path, identity: dict) -> None:
+    """Refuse to mix scores of two adapters, prompts or precisions in one folder."""
+    path = out / "settings.json"
+    if path.exists():
+        before = json.loads(path.read_text())
+        if changed := [key for key in identity if identity[key] != before.get(key)]:
+            what = "another adapter" if changed[0] == "adapter_sha256" else ", ".join(f"{k} {before.get(k)}" for k in changed)
+            raise runs.RunError(f"{out} holds scores of {what}; move or delete it to score anew")
+    elif any(out.glob("*.jsonl")):
+        raise runs.RunError(f"{out} holds answers of unknown origin; move or delete it to score anew")
+    runs.write_json(path, identity)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code; see README. Never raises SystemExit."""
+    def work() -> int:
+        args = build_parser().parse_args(argv)
+        if args.table:
+            if stray := [k for k, v in vars(args).items() if v is not None and k != "table"]:
+                raise FlagError(f"--table takes no {stray[0]}")
+            print(run_table([Path(folder) for folder in args.table]))
+            return 0
+        return score(args)
+
+    return exit_code(work, "eval")
+
+
+if __name__ == "__main__":
+    from eval import main  # as in rora.py
+
+    sys.exit(main())

@@ -1,0 +1,1004 @@
+"""RoRA: LoRA whose scale falls with the root of the rank, not with the rank.
+
+    python rora.py                                           # the embedded default: a minute on a laptop, no download
+    python rora.py --ckpt llama-7b --rank 128 --scale sqrt   # the paper's setting, one GPU
+
+Read from top to bottom; the paper, in the order of this file:
+
+    paper                                                code
+    --------------------------------------------------   -----------------------------------------------
+    H(x) = (m0 + γ B A) x,  m0 frozen          (Eq. 1)   LoRALinear.forward, attach
+    B = 0 at the start                         (Eq. 3)   LoRALinear.__init__
+    LoRA:  γ = α / r                           (Eq. 14)  SCALES["linear"]
+    RoRA:  γ = α / √r                          (Eq. 15)  SCALES["sqrt"]              <- the whole method
+    DoRA:  m · (m0 + γ B A) / ‖m0 + γ B A‖     ([27])    DoRALinear
+    why √r                                     (Eq. 2-15) "Why √r" above RoRALinear; tests/test_scaling.py measures it
+    the training recipe                        (Sec. IV) learning_rate, train_step, train
+
+Letters as in llama.py, and I, O: a linear layer's input and output width; r: the rank; s: the scale, γ in the paper.
+(The paper's matrix B is always written lora_B here; a lone B is the number of rows in a batch.)
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+import runs
+from baselines import ParallelAdapter, PrefixAttention, SeriesAdapter
+from checkpoints import AdapterSettings, CheckpointError, TensorFiles, adapter_file, read_adapter, some, write_adapter
+from data import (IGNORE, Batch, DataError, Record, collate, encode_records, epoch_order, load_examples, load_tokenizer,
+                  split_validation)
+from llama import Llama, LlamaConfig, load_llama, save_llama
+
+HERE = Path(__file__).resolve().parent
+
+# --- the method ------------------------------------------------------------------------------------
+
+SCALES: dict[str, Callable[[float, int], float]] = {
+    "linear": lambda alpha, r: alpha / r,
+    "sqrt": lambda alpha, r: alpha / math.sqrt(r),
+}
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer plus a trained update of rank r:  y = W x + s · lora_B (lora_A x).   (Eq. 1)"""
+
+    wraps = nn.Linear
+    targets = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
+    scale = "linear"
+
+    def __init__(self, base: nn.Linear, size: int, alpha: float, dropout: float = 0.0):
+        super().__init__()
+        self.base, self.size, self.alpha, self.dropout = base, size, alpha, nn.Dropout(dropout)
+        # A random, B zero: the update starts at 0, so training starts from the base model exactly, and B's gradient
+        # is not 0, so it can leave. With both zero nothing would ever move. fp32, whatever the base: an update of
+        # lr · 1 is smaller than bf16 can add to a weight of size 1.
+        device = base.weight.device
+        self.lora_A = nn.Parameter(torch.empty(size, base.in_features, device=device, dtype=torch.float32))   # (r, I)
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, size, device=device, dtype=torch.float32))  # (O, r)
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # U(±1/√I): variance 1 / (3 I)
+        self.held: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def scaling(self) -> float:
+        """s, γ in the paper."""
+        return SCALES[self.scale](self.alpha, self.size)
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., I) -> (..., O)
+        """Down to r numbers, up to O, and added to W x in one go. Backward keeps lora_A x and x, no (O, I) matrix."""
+        lora_A, lora_B = self.held or self.cast()
+        y = self.base(x)
+        low = F.linear(self.dropout(x), lora_A)  # (..., r)
+        return torch.addmm(y.view(-1, y.size(-1)), low.view(-1, low.size(-1)), lora_B.t(), alpha=self.scaling).view_as(y)
+
+    def cast(self) -> tuple[Tensor, Tensor]:
+        """A and B as the matrix product takes them, in the base's dtype. Gradients flow back to the fp32 originals."""
+        dtype = self.base.weight.dtype
+        return self.lora_A.to(dtype), self.lora_B.to(dtype)
+
+    def hold(self) -> None:
+        """Cast once for a whole optimizer step instead of at every use: see `held_adapters`."""
+        self.held = self.cast()
+
+    def release(self) -> None:
+        self.held = None
+
+    @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """The one (O, I) matrix, fp32, that does the same as this layer: W + s · lora_B lora_A."""
+        return self.base.weight.float() + self.scaling * self.lora_B @ self.lora_A
+
+
+# Why √r. At the start lora_B = 0, so the first gradient is  ∂L/∂lora_B = s · G lora_Aᵀ  with G = ∂L/∂W. One step of plain
+# gradient descent then lowers the loss by  η ‖∂L/∂lora_B‖² = η s² ‖G lora_Aᵀ‖².  Each of the r rows of lora_A adds a term
+# of the same expected size, so ‖G lora_Aᵀ‖² grows like r: with s = α/r the progress falls like 1/r, with s = α/√r it is
+# the same at every rank. That is the paper's argument, and it is about gradient descent. The recipe below trains with
+# AdamW, whose first step moves every entry of lora_B by lr whatever its gradient: the progress is then s · lr times a sum
+# over r rows, so α/r is the rank-free scale and α/√r grows like √r. tests/test_scaling.py measures all four.
+
+
+class RoRALinear(LoRALinear):
+    """LoRA with s = α/√r.   (Eq. 15; the formula is also rsLoRA's, arXiv 2312.03732, PEFT's `use_rslora`)"""
+
+    scale = "sqrt"
+
+
+class DoRALinear(LoRALinear):
+    """Direction from LoRA, length learned apart:  W' = m · V / ‖V‖,  V = W + s · lora_B lora_A, per output row.
+
+    The norm is a constant to the gradient (DoRA, arXiv 2402.09353, Sec. 4.3). Dropout acts on the adapter branch alone,
+    y = g · (W x + s · B A drop(x)) with g = m / ‖V‖; the original and PEFT write W x + (g - 1) · W drop(x) + g · s · B A
+    drop(x), which is the same at dropout 0 and costs a second product with W otherwise.
+    """
+
+    def __init__(self, base: nn.Linear, size: int, alpha: float, dropout: float = 0.0):
+        super().__init__(base, size, alpha, dropout)
+        self.held_norm: Tensor | None = None
+        self.base_norm2: Tensor | None = None
+        self.magnitude = nn.Parameter(self.norm())  # (O,): m = ‖W‖, so that W' = W at the start
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., I) -> (..., O)
+        norm = self.norm() if self.held_norm is None else self.held_norm
+        return (self.magnitude / norm).to(x.dtype) * super().forward(x)
+
+    @torch.no_grad()
+    def norm(self) -> Tensor:  # (O,), fp32
+        """‖V‖ as the formula says. A row of zeros gets a tiny norm, so that g = m / ‖V‖ is 0 and not NaN."""
+        return super().merged_weight().norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+
+    @torch.no_grad()
+    def factored_norm2(self) -> tuple[Tensor, Tensor]:
+        """(‖V‖² per row, whether a row cancels too much to be trusted), without forming V:
+
+        ‖W + s B A‖² = ‖W‖² + 2 s Σ (W Aᵀ) ∘ B + s² Σ (B A Aᵀ) ∘ B, with ‖W‖² computed once per run: r/O of the work.
+        """
+        W, A, B, s = self.base.weight, self.lora_A, self.lora_B, self.scaling
+        if self.base_norm2 is None:
+            self.base_norm2 = W.float().square().sum(1)
+        cross = (W @ A.to(W.dtype).t()).float().mul_(B).sum(1)           # (O,)
+        square = (B @ (A @ A.t())).mul_(B).sum(1)                        # (O,)
+        norm2 = self.base_norm2 + 2 * s * cross + s * s * square
+        # The error is of the size of the largest term times the precision of W Aᵀ. Where the terms cancel, it shows.
+        trusted = 1e-6 if W.dtype == torch.float32 else 0.25
+        return norm2, norm2 < trusted * torch.maximum(self.base_norm2, s * s * square)
+
+    def release(self) -> None:
+        super().release()
+        self.held_norm = self.base_norm2 = None
+
+    @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        V = super().merged_weight()
+        return (self.magnitude / self.norm())[:, None] * V
+
+
+@contextmanager
+def held_adapters(model: nn.Module) -> Iterator[Callable[[], None]]:
+    """For the training loop: yields refresh(), to be called whenever the adapters have changed.
+
+    Between two calls A and B are cast once and DoRA's norms computed once (factored), for all micro-batches and for
+    recomputed blocks. Outside this context nothing is held and every forward computes what it needs.
+    """
+    layers = [m for m in model.modules() if isinstance(m, LoRALinear)]
+    doras = [m for m in layers if isinstance(m, DoRALinear)]
+
+    def refresh() -> None:
+        for layer in layers:
+            layer.hold()
+        norms = [layer.factored_norm2() for layer in doras]
+        if not norms:
+            return
+        cancelled = torch.stack([bad.any() for _, bad in norms]).tolist()  # one wait for the device, not one a layer
+        for layer, (norm2, _), bad in zip(doras, norms, cancelled):
+            layer.held_norm = layer.norm() if bad else norm2.clamp_min(torch.finfo(torch.float32).tiny).sqrt()
+
+    try:
+        yield refresh
+    finally:
+        for layer in layers:
+            layer.release()
+
+
+@dataclass(frozen=True)
+class Method:
+    layer: type[nn.Module]  # built as layer(base, size, alpha, dropout); has .wraps and .targets
+    size: int = 32          # rank, bottleneck width, or number of prefix tokens
+    dropout: float = 0.05
+    lr: float | None = None  # None: the checkpoint's
+
+
+# To add a method, add a line: it is then trained, saved, loaded, scored and contract-tested.
+METHODS = {
+    "lora": Method(LoRALinear),
+    "rora": Method(RoRALinear),
+    "dora": Method(DoRALinear),
+    "series": Method(SeriesAdapter, size=256, dropout=0.0, lr=3e-4),
+    "parallel": Method(ParallelAdapter, size=256, dropout=0.0, lr=3e-4),
+    "prefix": Method(PrefixAttention, size=30, dropout=0.0, lr=3e-2),
+}
+
+
+def attach(model: Llama, method: str, rank: int, alpha: float | None = 64, dropout: float = 0.0,
+           targets: list[str] | tuple[str, ...] | None = None, scale: str | None = None) -> None:
+    """Freeze the model, then wrap its target layers: all that is trainable afterwards is new.
+
+    rank: of lora, rora, dora; bottleneck width of series, parallel; number of tokens of prefix. alpha is ignored where
+    it means nothing. scale, "linear" or "sqrt": for dora alone, whose two scales share a name. Works on meta models.
+    Raises ValueError for an unknown method, a target that matches nothing, or a model that has adapters already.
+    """
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
+    layer = METHODS[method].layer
+    if rank < 1:
+        raise ValueError(f"rank must be at least 1, got {rank}")
+    if scale is not None and scale not in SCALES:
+        raise ValueError(f"unknown scale {scale!r}; choose from {', '.join(SCALES)}")
+    if scale is not None and method != "dora" and scale != layer.scale:
+        raise ValueError(f"method {method} does not take scale {scale}" + (
+            ": lora is linear and rora is sqrt, by name" if method in ("lora", "rora") else ""))
+    if any(type(m) in {row.layer for row in METHODS.values()} for m in model.modules()):
+        raise ValueError("this model has adapters already: merge(model) them, or load the base anew")
+    targets = tuple(targets or layer.targets)
+    places = [(parent, name, child) for block in model.layers for parent in block.modules()
+              for name, child in parent.named_children() if name in targets and isinstance(child, layer.wraps)]
+    if missing := set(targets) - {name for _, name, _ in places}:
+        raise ValueError(f"no layer to put {method} on is called {some(missing)}; the model has "
+                         f"{some({n.rpartition('.')[2] for n, m in model.layers.named_modules() if isinstance(m, layer.wraps)})}")
+    model.requires_grad_(False)
+    for parent, name, child in places:
+        wrapper = layer(child, rank, alpha, dropout).train(child.training)
+        if scale is not None:
+            wrapper.scale = scale
+        setattr(parent, name, wrapper)
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What trains, by name: layers.0.self_attn.q_proj.lora_A, ..."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def wrappers(model: nn.Module) -> dict[str, nn.Module]:
+    """The adapters, by the name of the layer each sits on."""
+    kinds = tuple({row.layer for row in METHODS.values()})
+    return {name: m for name, m in model.named_modules() if isinstance(m, kinds)}
+
+
+def adapter_settings(model: nn.Module) -> AdapterSettings:
+    """What is attached, read off the modules. Raises ValueError where nothing is."""
+    layers = wrappers(model)
+    if not layers:
+        raise ValueError("the model has no adapter: attach(model, method, rank) first")
+    first = next(iter(layers.values()))
+    method = next(name for name, row in METHODS.items() if row.layer is type(first))
+    targets = tuple(dict.fromkeys(name.rpartition(".")[2] for name in layers))
+    return AdapterSettings(method, first.size, targets, first.alpha, first.scale, first.dropout.p, getattr(model, "source", None))
+
+
+def save_adapter(model: nn.Module, folder: str | Path) -> None:
+    """adapter_config.json and adapter_model.safetensors in PEFT's format, each replaced at once.
+
+    Raises ValueError for a model without adapters and for NaN or infinity in them: neither is worth a file.
+    """
+    settings, tensors = adapter_settings(model), trainable(model)
+    for name, p in tensors.items():
+        if not torch.isfinite(p).all():
+            raise ValueError(f"{name} holds NaN or infinity; nothing was saved")
+    with runs.replaced_files(Path(folder)) as temporary:
+        write_adapter(temporary, settings, tensors)
+
+
+def load_adapter(model: Llama, folder: str | Path) -> AdapterSettings:
+    """Attach and fill an adapter saved by us, PEFT, NVlabs/DoRA or LLM-Adapters, on a fresh base.
+
+    The adapters stay trainable; train or eval mode stays as it was. Raises CheckpointError where file, config and model
+    do not fit, naming the tensor or key.
+    """
+    settings, tensors = read_adapter(folder)
+    path = adapter_file(Path(folder))
+    try:
+        attach(model, settings.method, settings.size, settings.alpha, settings.dropout, settings.targets, settings.scale)
+    except ValueError as e:
+        raise CheckpointError(f"{folder}: {e}") from None
+    params = trainable(model)
+    if missing := params.keys() - tensors.keys():
+        raise CheckpointError(f"{path}: missing {some(missing)}")
+    if extra := tensors.keys() - params.keys():
+        raise CheckpointError(f"{path}: no place in this model for {some(extra)}")
+    for name, p in params.items():
+        if p.shape != tensors[name].shape:
+            raise CheckpointError(f"{path}: {name} is {tuple(tensors[name].shape)}, this base needs {tuple(p.shape)}: another base?")
+    with torch.no_grad():
+        for name, p in params.items():
+            p.copy_(tensors[name])
+    return settings
+
+
+def merge(model: Llama) -> None:
+    """Fold every adapter into its layer, in memory: Δ added in fp32, rounded once to the base's dtype.
+
+    Raises ValueError for methods that are no change of a weight matrix: series, parallel and prefix.
+    """
+    layers = wrappers(model)
+    settings = adapter_settings(model)
+    if not all(hasattr(layer, "merged_weight") for layer in layers.values()):
+        raise ValueError(f"{settings.method} cannot be merged: what it adds is not a change of a weight matrix")
+    for name, layer in layers.items():
+        parent, _, child = name.rpartition(".")
+        layer.base.weight = nn.Parameter(layer.merged_weight().to(layer.base.weight.dtype), requires_grad=False)
+        setattr(model.get_submodule(parent), child, layer.base)
+
+
+# --- the loop --------------------------------------------------------------------------------------
+
+LOGIT_BYTES = 1 << 28  # fp32 logits held at once: 2,048 tokens of a vocabulary of 32,000
+
+
+class NonFiniteError(ArithmeticError):
+    """The loss or a gradient is NaN or infinite. Raised before it reaches a weight."""
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
+    """Linear up for `warmup` steps, linear down to 0; `step` counts from 0, so the first update has lr 0 (PROTOCOL of
+    the LLM-Adapters scripts: transformers' get_linear_schedule_with_warmup)."""
+    if step < warmup:
+        return peak * step / warmup
+    return peak * (steps - step) / max(1, steps - warmup)
+
+
+def loss_sum(model: Llama, batch: Batch, checkpoint_blocks: int = 0) -> Tensor:
+    """Cross-entropy summed over the batch's targets, fp32. Logits are made only where there is a target, and no more
+    than LOGIT_BYTES of them at once: further slices are made again in the backward pass instead of being kept."""
+    device = model.lm_head.weight.device
+    hidden = model.hidden(batch.ids.to(device), model.rows(batch.lengths), checkpoint_blocks=checkpoint_blocks)
+    learned = (batch.targets != IGNORE).nonzero().squeeze(1)
+    hidden, targets = hidden[learned.to(device)], batch.targets[learned].to(device)  # (n, C), (n,)
+
+    def cross_entropy(hidden: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(model.lm_head(hidden).float(), targets, reduction="sum")
+
+    slices = list(zip(*(x.split(max(1, LOGIT_BYTES // (4 * model.cfg.vocab_size))) for x in (hidden, targets))))
+    if len(slices) == 1:
+        return cross_entropy(hidden, targets)
+    return torch.stack([checkpoint(cross_entropy, *s, use_reentrant=False) for s in slices]).sum()
+
+
+def train_step(model: Llama, records: list[Record], optimizer: torch.optim.Optimizer, lr: float, micro_batch_size: int,
+               checkpoint_blocks: int = 0, clip: float = 1.0) -> tuple[float, float]:
+    """One update on one batch; returns (mean loss per target, gradient norm before clipping).
+
+    The loss is the mean over all targets of the batch. Each micro-batch adds its sum, divided by the whole batch's
+    count, so how the batch is cut does not matter. Raises NonFiniteError before anything bad reaches a weight.
+    """
+    params = optimizer.param_groups[0]["params"]
+    count = sum(len(r.ids) - r.split for r in records)
+    total = torch.zeros((), device=params[0].device)
+    for i in range(0, len(records), micro_batch_size):
+        loss = loss_sum(model, collate(records[i : i + micro_batch_size]), checkpoint_blocks) / count
+        loss.backward()
+        total += loss.detach()
+    norm = nn.utils.clip_grad_norm_(params, clip)
+    loss, norm = torch.stack([total, norm]).tolist()  # the step's one wait for the device
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        optimizer.zero_grad()
+        raise NonFiniteError(f"loss {loss}, gradient norm {norm}")
+    optimizer.param_groups[0]["lr"] = lr
+    optimizer.step()
+    return loss, norm
+
+
+@torch.no_grad()
+def validation_loss(model: Llama, records: list[Record], micro_batch_size: int) -> float:
+    """Mean loss per target, without dropout and without drawing a random number."""
+    model.eval()
+    total = sum(loss_sum(model, collate(records[i : i + micro_batch_size])).item()
+                for i in range(0, len(records), micro_batch_size))
+    model.train()
+    return total / sum(len(r.ids) - r.split for r in records)
+
+
+def new_optimizer(model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(trainable(model).values(), lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=True)
+
+
+def train(model: Llama, records: list[Record], held_out: list[Record], s: "Settings", run: Path,
+          resume: Path | None = None) -> dict:
+    """The whole run, into the folder `run`; from the checkpoint `resume` where one is given. Returns the final state.
+
+    Raises NonFiniteError, or runs.Stopped once the state is saved after SIGINT or SIGTERM.
+    """
+    params, optimizer = trainable(model), new_optimizer(model, s.lr)
+    per_epoch = math.ceil(len(records) / s.batch_size)
+    steps = s.max_steps or s.epochs * per_epoch
+    blocks = {"none": 0, "all": model.cfg.n_layers}.get(s.checkpoint_blocks) if isinstance(s.checkpoint_blocks, str) else s.checkpoint_blocks
+    state = {"step": 0, "steps": steps, "best_step": None, "best_loss": None, "seconds": 0.0}
+    if resume:
+        state = load_state(resume, params, optimizer)
+    metrics = runs.Metrics(run / "metrics.jsonl", state["step"])
+    start = time.perf_counter() - state["seconds"]
+    model.train()
+    bar = tqdm(total=steps, initial=state["step"], desc="train", unit="step", disable=None)
+
+    def save() -> None:
+        metrics.sync()
+        state["seconds"] = round(time.perf_counter() - start, 3)
+        with runs.new_checkpoint(run, state["step"]) as folder:
+            save_state(folder, model, params, optimizer, state)
+        bar.write(f"saved {run}/checkpoints/step-{state['step']:06}")
+
+    with runs.stop_signals() as stop, held_adapters(model) as refresh:
+        for step in range(state["step"], steps):
+            epoch, i = divmod(step, per_epoch)
+            if i == 0 or step == state["step"]:
+                order = epoch_order(len(records), s.seed, epoch)
+            batch = [records[j] for j in order[i * s.batch_size : (i + 1) * s.batch_size]]
+            lr = learning_rate(step, steps, s.lr, s.warmup)
+            began = time.perf_counter()
+            refresh()
+            try:
+                loss, norm = train_step(model, batch, optimizer, lr, s.micro_batch_size, blocks)
+            except NonFiniteError as e:
+                raise NonFiniteError(f"step {step + 1}: {e}, in records {', '.join(str(r.number) for r in batch)} of {s.data}; "
+                                     f"the weights are untouched. A smaller --lr or --alpha, or --dtype fp32, may help") from None
+            if step == 0 and (idle := [n for n, p in params.items() if n.endswith("lora_B") and not p.grad.any()]):
+                raise RuntimeError(f"no gradient reached {some(idle)}: the adapter there is not in the model's path")
+            optimizer.zero_grad()
+            seconds = time.perf_counter() - began
+            tokens = sum(len(r.ids) for r in batch)
+            state["step"] = step + 1
+            metrics.write(step=step + 1, epoch=round((step + 1) / per_epoch, 4), loss=loss, lr=lr, grad_norm=norm, tokens=tokens,
+                          tok_per_s=round(tokens / seconds, 1), mem_gb=round(peak_memory(model) / 1e9, 3),
+                          seconds=round(time.perf_counter() - start, 3))
+            bar.update()
+            bar.set_postfix_str(f"loss {loss:.3f}, {tokens / seconds:,.0f} tok/s", refresh=False)
+            last = step + 1 == steps
+            if bar.disable and (last or step % max(1, steps // 10) == 0):  # a log or a pipe: a few lines, no bar
+                print(f"step {step + 1}/{steps}  loss {loss:.3f}  lr {lr:.2e}  {tokens / seconds:,.0f} tok/s", flush=True)
+            if held_out and ((step + 1) % s.eval_every == 0 or last):
+                refresh()
+                value = validation_loss(model, held_out, s.micro_batch_size)
+                metrics.write(step=step + 1, val_loss=value)
+                if state["best_loss"] is None or value < state["best_loss"]:
+                    state |= {"best_loss": value, "best_step": step + 1}
+                    save_adapter(model, run)
+            if last and not held_out:
+                state["best_step"] = steps
+                save_adapter(model, run)
+            if last or stop or (step + 1) % s.save_every == 0:
+                save()
+            if stop and not last:
+                bar.close()
+                raise runs.Stopped(stop[0])
+    bar.close()
+    metrics.close()
+    if steps >= 2 and all(not p.any() for n, p in params.items() if n.endswith("lora_B")) and any("lora_B" in n for n in params):
+        raise RuntimeError("the adapter is still zero after training: nothing was learned")
+    return state
+
+
+def peak_memory(model: nn.Module) -> int:
+    """Bytes: of the GPU, or of the process where there is none."""
+    if next(model.parameters()).is_cuda:
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
+
+
+def save_state(folder: Path, model: nn.Module, params: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """All that the rest of the run depends on: adapter, AdamW's moments, random numbers, position."""
+    write_adapter(folder, adapter_settings(model), params)
+    tensors = {"rng": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["cuda_rng"] = torch.cuda.get_rng_state()
+    for name, p in params.items():
+        tensors |= {f"{name}.{key}": value.detach().cpu().contiguous() for key, value in optimizer.state[p].items()}
+    save_file(tensors, folder / "optimizer.safetensors")
+    (folder / "state.json").write_text(json.dumps(state) + "\n")
+
+
+def load_state(folder: Path, params: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict:
+    """Fill parameters, optimizer and generators; return the position."""
+    tensors = read_adapter(folder)[1]
+    saved = load_file(folder / "optimizer.safetensors")
+    with torch.no_grad():
+        for name, p in params.items():
+            p.copy_(tensors[name])
+            optimizer.state[p] = {key: saved[f"{name}.{key}"].to(p.device) for key in ("step", "exp_avg", "exp_avg_sq")}
+    torch.set_rng_state(saved["rng"])
+    if torch.cuda.is_available() and "cuda_rng" in saved:
+        torch.cuda.set_rng_state(saved["cuda_rng"])
+    return json.loads((folder / "state.json").read_text())
+
+
+# --- what to run -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a base model decides. lr is DoRA's scripts' for the paper's models."""
+
+    lr: float = 2e-4
+    warmup: int = 100
+    alpha: float = 64
+    epochs: int = 3
+    val_size: int = 120
+    data: str = "data/commonsense_170k.json"
+    tests: str = "data"  # folder of <task>/test.json
+    cuda_dtype: str = "bf16"
+    cpu_dtype: str = "fp32"
+
+
+PAPER = Checkpoint()  # also for folders that have no row
+CHECKPOINTS = {
+    "tiny": Checkpoint(lr=2e-3, warmup=10, alpha=16, epochs=2, val_size=40, data=str(HERE / "tiny/data/train.json"),
+                       tests=str(HERE / "tiny/data"), cuda_dtype="fp32"),
+    "llama-7b": PAPER,
+    "llama-13b": PAPER,
+    "llama2-7b": PAPER,
+    "llama3-8b": Checkpoint(lr=1e-4),
+    "sheared-llama-1.3b": PAPER,
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything a run depends on, as run.json keeps it. Two runs of equal settings are equal."""
+
+    ckpt: str
+    data: str
+    method: str
+    scale: str | None
+    rank: int
+    alpha: float | None
+    dropout: float
+    targets: tuple[str, ...]
+    loss: str
+    prompt: str
+    max_len: int
+    epochs: int
+    max_steps: int | None
+    batch_size: int
+    lr: float
+    warmup: int
+    val_size: int
+    eval_every: int
+    save_every: int
+    seed: int
+    dtype: str
+    micro_batch_size: int        # these two change memory and time, not the result beyond rounding
+    checkpoint_blocks: int | str
+
+
+MAY_CHANGE = {"micro_batch_size", "checkpoint_blocks"}
+
+
+class FlagError(ValueError):
+    """A command line that cannot be obeyed."""
+
+
+def find_checkpoint(name: str) -> Path:
+    """`tiny` (beside this file), a folder, or a name under checkpoints/."""
+    for folder in [HERE / "tiny"] if name == "tiny" else [Path(name), Path("checkpoints") / name]:
+        if folder.is_dir():
+            return folder
+    hint = f"./weights_download.sh {name} fetches it" if name in CHECKPOINTS else f"known names: {', '.join(CHECKPOINTS)}"
+    raise CheckpointError(f"no checkpoint folder {name} or checkpoints/{name}; {hint}")
+
+
+def find_device(name: str | None) -> torch.device:
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise FlagError(f"--device {name}: {str(e).splitlines()[0]}") from None
+    return device
+
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def find_dtype(name: str | None, ckpt: str, device: torch.device) -> str:
+    row = CHECKPOINTS.get(ckpt, PAPER)
+    name = name or (row.cuda_dtype if device.type == "cuda" else row.cpu_dtype)
+    if name == "bf16" and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8:
+        raise FlagError(f"{torch.cuda.get_device_name(device)} has no bf16 arithmetic; use --dtype fp32")
+    return name
+
+
+def load_base(ckpt: str, device: torch.device, dtype: torch.dtype | None) -> Llama:
+    folder = find_checkpoint(ckpt)
+    model = load_llama(folder, device, dtype)
+    model.source = ckpt if ckpt in CHECKPOINTS else str(folder)  # named in saved adapters
+    return model
+
+
+def find_tokenizer(ckpt: str):
+    """The checkpoint's tokenizer, checked against its vocabulary."""
+    folder = find_checkpoint(ckpt)
+    cfg, tokenizer = LlamaConfig.from_json(folder / "config.json"), load_tokenizer(folder)
+    if tokenizer.vocab_size > cfg.vocab_size:
+        raise DataError(f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model's vocabulary only {cfg.vocab_size}: "
+                        "this is another model's tokenizer")
+    if tokenizer.vocab_size < cfg.vocab_size:
+        print(f"note: the model's vocabulary of {cfg.vocab_size} is padded beyond the tokenizer's {tokenizer.vocab_size}")
+    if (cfg.bos, cfg.eos) != (tokenizer.bos, tokenizer.eos):
+        print(f"note: config.json says bos/eos {cfg.bos}/{cfg.eos}; using the tokenizer's {tokenizer.bos}/{tokenizer.eos}")
+    return tokenizer
+
+
+def start_line(model: Llama, method: str) -> str:
+    """rora: s = 64/√128 = 5.657 · 224,395,264 of 6,962,810,880 trainable (3.22%) · PEFT: use_rslora=true"""
+    a, added = adapter_settings(model), sum(p.numel() for p in trainable(model).values())
+    total = sum(p.numel() for p in model.parameters())
+    size = {"series": f"bottleneck {a.size}", "parallel": f"bottleneck {a.size}", "prefix": f"{a.size} tokens a layer"}.get(a.method)
+    if size is None:
+        root = "√" if a.scale == "sqrt" else ""
+        size = f"s = {a.alpha:g}/{root}{a.size} = {SCALES[a.scale](a.alpha, a.size):.4g}"
+    flags = {"lora": "PEFT: use_rslora=false", "rora": "PEFT: use_rslora=true", "prefix": "PEFT: PREFIX_TUNING",
+             "dora": f"PEFT: use_dora=true, use_rslora={str(a.scale == 'sqrt').lower()}"}.get(a.method, "LLM-Adapters: BOTTLENECK")
+    return f"{method}: {size} · {added:,} of {total:,} trainable ({100 * added / total:.2f}%) · {flags}"
+
+
+# --- command line ----------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise FlagError(message)
+
+
+def at_least(least: float, kind: type = int, below: float = math.inf) -> Callable[[str], float]:
+    """An argparse type: a finite number in [least, below)."""
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value < below:
+            bound = "" if below == math.inf else f" and below {below:g}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a{' whole' if kind is int else ''} number of at least {least:g}{bound}")
+        return value
+    return parse
+
+
+def positive(text: str) -> float:
+    return at_least(math.nextafter(0, 1), float)(text)
+
+
+def blocks(text: str) -> int | str:
+    return text if text in ("auto", "all", "none") else at_least(0)(text)
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="rora.py", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__.split("\n\n")[0],
+                    epilog="exit codes: 0 done, 1 memory or disk, 2 flags or output folder, 3 data or checkpoint, 4 loss not finite, "
+                           "130/143 stopped and saved")
+    g = parser.add_argument_group("what to train")
+    g.add_argument("--ckpt", metavar="NAME", help=f"{', '.join(CHECKPOINTS)}, or a Hugging Face folder (default: tiny)")
+    g.add_argument("--method", choices=METHODS, help="default: rora")
+    g.add_argument("--scale", choices=SCALES, help="linear: α/r, i.e. lora; sqrt: α/√r, i.e. rora; either, with --method dora")
+    g.add_argument("--rank", type=at_least(1), metavar="N", help="rank (default 32); width of series, parallel (256); tokens of prefix (30)")
+    g.add_argument("--alpha", type=positive, metavar="X", help="numerator of the scale (default 64; tiny 16)")
+    g.add_argument("--dropout", type=at_least(0, float, 1), metavar="P", help="on the adapter's input (default 0.05; 0 for series, parallel)")
+    g.add_argument("--targets", nargs="+", metavar="NAME", help="layers to adapt (default: q_proj k_proj v_proj up_proj down_proj)")
+    g = parser.add_argument_group("on what")
+    g.add_argument("--data", metavar="FILE", help=f"records as in commonsense_170k.json (default: {PAPER.data}; tiny: its own)")
+    g.add_argument("--loss", choices=["all", "answer"], help="tokens that are learned (default: all, the paper's protocol)")
+    g.add_argument("--prompt", choices=["clean", "dora"], help="dora: the bytes of DoRA's scripts (default: clean)")
+    g.add_argument("--max-len", type=at_least(8), metavar="N", help="tokens a record, BOS and EOS included (default 256)")
+    g.add_argument("--val-size", type=at_least(0), metavar="N", help="records held out to choose the best adapter (default 120; tiny 40)")
+    g = parser.add_argument_group("how long, how fast")
+    g.add_argument("--epochs", type=at_least(1), metavar="N", help="default 3; tiny 2")
+    g.add_argument("--max-steps", type=at_least(1), metavar="N", help="optimizer steps, in place of --epochs")
+    g.add_argument("--batch-size", type=at_least(1), metavar="N", help="records an optimizer step (default 16)")
+    g.add_argument("--micro-batch-size", type=at_least(1), metavar="N", help="records in memory at once (default: the batch)")
+    g.add_argument("--lr", type=positive, metavar="X", help="peak of AdamW's learning rate (default 2e-4; llama3-8b 1e-4; tiny 2e-3; "
+                   "series, parallel 3e-4; prefix 3e-2)")
+    g.add_argument("--warmup", type=at_least(0), metavar="N", help="steps of linear warm-up (default 100; tiny 10)")
+    g.add_argument("--seed", type=at_least(0, below=2**63), metavar="N", help="of initialisation, order and dropout (default 0)")
+    g.add_argument("--device", metavar="NAME", help="cuda, cpu, mps (default: cuda if there is one)")
+    g.add_argument("--dtype", choices=DTYPES, help="of the base model (default: bf16 on cuda, fp32 on cpu)")
+    g.add_argument("--checkpoint-blocks", type=blocks, metavar="K", help="blocks recomputed to save memory: all, none or a number "
+                   "(default: none)")
+    g = parser.add_argument_group("where to")
+    g.add_argument("--out", metavar="DIR", help="default: runs/<ckpt>-<method>-r<rank>-s<seed>")
+    g.add_argument("--overwrite", action="store_true", default=None, help="delete an existing run in that folder first")
+    g.add_argument("--eval-every", type=at_least(1), metavar="N", help="steps between validations (default 80)")
+    g.add_argument("--save-every", type=at_least(1), metavar="N", help="steps between checkpoints (default 800)")
+    g = parser.add_argument_group("instead of a new run")
+    g.add_argument("--resume", metavar="RUN", help="go on from the newest intact checkpoint")
+    g.add_argument("--merge", metavar="RUN", help="write base + adapter as one plain checkpoint into --out")
+    g.add_argument("--export-scale", choices=["plain"], help="with --merge: write the adapter alone, its scale as alpha/r (for tools "
+                   "that ignore use_rslora)")
+    g.add_argument("--trace", metavar="FILE", help="write one fixed batch's activations, loss and gradients, to compare with")
+    return parser
+
+
+def resolve(args: argparse.Namespace) -> tuple[Settings, torch.device]:
+    """Fill in what the flags left open: from the checkpoint's row, the method's row, then the protocol."""
+    method = args.method or {"linear": "lora", "sqrt": "rora", None: "rora"}[args.scale]
+    named = METHODS[method]
+    scaled = issubclass(named.layer, LoRALinear)
+    if args.scale and method != "dora" and args.scale != named.layer.scale:
+        raise FlagError(f"--scale {args.scale} does not go with --method {method}" + (
+            f"; --method {'lora' if args.scale == 'linear' else 'rora'} is that" if scaled else ""))
+    for flag in ("alpha",) * (not scaled) + ("dropout", "targets") * (method == "prefix"):
+        if getattr(args, flag) is not None:
+            raise FlagError(f"--{flag} has no effect with --method {method}")
+    if args.epochs and args.max_steps:
+        raise FlagError("--max-steps replaces --epochs: give one of them")
+    ckpt = args.ckpt or "tiny"
+    row, device = CHECKPOINTS.get(ckpt, PAPER), find_device(args.device)
+    given = lambda flag, default: default if getattr(args, flag) is None else getattr(args, flag)
+    batch_size = given("batch_size", 16)
+    settings = Settings(
+        ckpt=ckpt, data=given("data", row.data), method=method, scale=(args.scale or named.layer.scale) if scaled else None,
+        rank=given("rank", named.size), alpha=given("alpha", row.alpha) if scaled else None,
+        dropout=given("dropout", named.dropout), targets=tuple(given("targets", named.layer.targets)),
+        loss=given("loss", "all"), prompt=given("prompt", "clean"), max_len=given("max_len", 256),
+        epochs=given("epochs", row.epochs), max_steps=args.max_steps, batch_size=batch_size,
+        lr=given("lr", named.lr or row.lr), warmup=given("warmup", row.warmup), val_size=given("val_size", row.val_size),
+        eval_every=given("eval_every", 80), save_every=given("save_every", 800), seed=given("seed", 0),
+        dtype=find_dtype(args.dtype, ckpt, device), micro_batch_size=min(batch_size, given("micro_batch_size", batch_size)),
+        checkpoint_blocks=given("checkpoint_blocks", "none"))
+    return settings, device
+
+
+def prepare(s: Settings, device: torch.device) -> tuple[Llama, list[Record], list[Record]]:
+    """(model with adapters, training records, held-out records). What can be wrong shows before the weights are read."""
+    folder, tokenizer = find_checkpoint(s.ckpt), find_tokenizer(s.ckpt)
+    with torch.device("meta"):
+        trial = Llama(LlamaConfig.from_json(folder / "config.json"))
+    try:
+        attach(trial, s.method, s.rank, s.alpha, s.dropout, s.targets, s.scale)
+    except ValueError as e:
+        raise FlagError(str(e)) from None
+    if isinstance(s.checkpoint_blocks, int) and s.checkpoint_blocks > trial.cfg.n_layers:
+        raise FlagError(f"--checkpoint-blocks {s.checkpoint_blocks}: the model has {trial.cfg.n_layers} blocks")
+    examples = load_examples(s.data)
+    show = lambda x: tqdm(x, desc="tokenize", unit="record", disable=None if len(examples) > 20_000 else True)
+    records, cut, dropped = encode_records(examples, tokenizer, s.max_len, s.loss, s.prompt, show)
+    if cut or dropped:
+        print(f"note: {cut} records lost the start of their instruction to fit {s.max_len} tokens, {dropped} were dropped")
+    records, held_out = split_validation(records, s.val_size)
+    model = load_base(s.ckpt, device, DTYPES[s.dtype])
+    torch.manual_seed(s.seed)
+    attach(model, s.method, s.rank, s.alpha, s.dropout, s.targets, s.scale)
+    return model, records, held_out
+
+
+def label(s: Settings) -> str:
+    """The method's name in folders and tables: dora-sqrt is DoRA with RoRA's scale."""
+    return s.method if s.scale in (None, METHODS[s.method].layer.scale) else f"{s.method}-{s.scale}"
+
+
+def facts(s: Settings, model: Llama) -> dict:
+    """What run.json says beside the settings: enough to know later what made the numbers."""
+    commit = subprocess.run(["git", "-C", str(HERE), "rev-parse", "HEAD"], capture_output=True, text=True) if shutil.which("git") else None
+    a = adapter_settings(model)
+    return {"effective_scale": SCALES[a.scale](a.alpha, a.size) if a.scale else None,
+            "trainable": sum(p.numel() for p in trainable(model).values()),
+            "base_sha256": TensorFiles(find_checkpoint(s.ckpt)).fingerprint(), "data_sha256": runs.sha256(Path(s.data)),
+            "python": platform.python_version(),
+            "packages": {p: version(p) for p in ("torch", "safetensors", "sentencepiece", "tqdm")},
+            "commit": commit.stdout.strip() or None if commit else None}
+
+
+def start(args: argparse.Namespace) -> int:
+    """Train from the beginning."""
+    s, device = resolve(args)
+    run = Path(args.out or f"runs/{Path(s.ckpt).name}-{label(s)}-r{s.rank}-s{s.seed}")
+    runs.check_writable(run)
+    if run.exists() and any(run.iterdir() if run.is_dir() else [run]):
+        if not (run / "run.json").is_file():
+            raise runs.RunError(f"{run} exists and is not a run; choose another --out")
+        if not args.overwrite:
+            raise runs.RunError(f"{run} exists: --resume {run} goes on with it, --overwrite starts anew, --out DIR goes elsewhere")
+    model, records, held_out = prepare(s, device)
+    with runs.lock(run):
+        for old in run.iterdir():
+            if old.name != ".lock":
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
+        record = {"settings": asdict(s), **facts(s, model), "best_step": None, "finished": False}
+        runs.write_json(run / "run.json", record)
+        return fit(model, records, held_out, s, run, record)
+
+
+def resume(args: argparse.Namespace) -> int:
+    """Go on with a run, exactly as if it had never stopped."""
+    run = Path(args.resume)
+    record = read_run(run)
+    s = Settings(**{**record["settings"], "targets": tuple(record["settings"]["targets"])})
+    changes = {f.name: tuple(v) if f.name == "targets" else v for f in fields(Settings)
+               if (v := getattr(args, f.name, None)) is not None and (tuple(v) if f.name == "targets" else v) != getattr(s, f.name)}
+    if refused := {k: v for k, v in changes.items() if k not in MAY_CHANGE}:
+        raise FlagError(f"{run} was made with other settings: " + ", ".join(
+            f"--{k.replace('_', '-')} {getattr(s, k)} (now {v})" for k, v in refused.items()) + "; resume without them, or start a new run")
+    s = Settings(**{**asdict(s), **changes, "targets": s.targets})
+    with runs.lock(run):
+        for folder in (run, run / "checkpoints"):
+            runs.sweep(folder)
+        newest, complaints = runs.newest_intact(run)
+        for complaint in complaints:
+            print(f"note: {complaint}; using an older checkpoint", file=sys.stderr)
+        if record["finished"]:
+            print(f"{run} is finished; to score it: python eval.py {run}")
+            return 0
+        if newest is None:
+            raise runs.RunError(f"{run} has no intact checkpoint to resume from; start it again with --overwrite")
+        model, records, held_out = prepare(s, find_device(args.device))
+        now = facts(s, model)
+        for key, what in [("data_sha256", s.data), ("base_sha256", s.ckpt)]:
+            if now[key] != record[key]:
+                raise DataError(f"{what} is not what {run} was started with; put the original back, or start a new run")
+        print(f"resuming {newest}")
+        return fit(model, records, held_out, s, run, record, newest)
+
+
+def read_run(run: Path) -> dict:
+    try:
+        record = json.loads((run / "run.json").read_text())
+        assert {"settings", "finished", "base_sha256", "data_sha256"} <= record.keys()
+        assert {f.name for f in fields(Settings)} == record["settings"].keys()
+        return record
+    except FileNotFoundError:
+        raise runs.RunError(f"{run} is not a run folder: it has no run.json") from None
+    except (OSError, ValueError, AssertionError, AttributeError):
+        raise runs.RunError(f"{run}/run.json is damaged or from another version") from None
+
+
+def fit(model: Llama, records: list[Record], held_out: list[Record], s: Settings, run: Path, record: dict, newest: Path | None = None) -> int:
+    steps = s.max_steps or s.epochs * math.ceil(len(records) / s.batch_size)
+    print(start_line(model, label(s)))
+    print(f"{s.ckpt} · {len(records):,} records, {len(held_out)} held out · {steps:,} steps of {s.batch_size} · lr {s.lr:g}, warm-up {s.warmup} · "
+          f"loss on {'all tokens' if s.loss == 'all' else 'the answer'} · {s.prompt} prompt · {s.dtype} on {model.lm_head.weight.device}", flush=True)
+    if s.warmup >= steps:
+        print(f"note: the warm-up of {s.warmup} steps is not over after {steps}: lr never reaches {s.lr:g}; see --warmup")
+    try:
+        state = train(model, records, held_out, s, run, newest)
+    except runs.Stopped as e:
+        print(f"stopped; to go on: python rora.py --resume {run}")
+        return e.code
+    record |= {"best_step": state["best_step"], "best_loss": state["best_loss"], "finished": True, "seconds": state["seconds"]}
+    runs.write_json(run / "run.json", record)
+    best = f"best validation loss {state['best_loss']:.4f} at step {state['best_step']}" if held_out else f"after step {state['step']}"
+    print(f"saved {run}: the adapter with the {best}, {state['seconds']:.0f} s\nto score it: python eval.py {run}")
+    return 0
+
+
+def find_adapter(folder: str | Path, ckpt: str | None) -> tuple[Path, str]:
+    """(adapter folder, base checkpoint) for a run folder, a step folder, or any PEFT folder with --ckpt."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise runs.RunError(f"no such folder: {folder}")
+    for run in (folder, folder.parent.parent):
+        if ckpt is None and (run / "run.json").is_file():
+            ckpt = read_run(run)["settings"]["ckpt"]
+    if not (folder / "adapter_config.json").is_file():
+        raise CheckpointError(f"{folder}: no adapter_config.json in it" + (
+            ": nothing was validated yet; try its newest checkpoints/step-*" if (folder / "run.json").is_file() else ""))
+    if ckpt is None:
+        ckpt = read_adapter(folder)[0].base
+        if ckpt is None or ckpt not in CHECKPOINTS and not Path(ckpt).is_dir():
+            raise FlagError(f"{folder} does not say where its base is; add --ckpt")
+    return folder, ckpt
+
+
+def merge_files(args: argparse.Namespace) -> int:
+    """Base + adapter as one Hugging Face folder, in the base's dtype on disk; or the adapter with a plain scale."""
+    if not args.out:
+        raise FlagError("--merge needs --out DIR")
+    out = Path(args.out)
+    runs.check_writable(out)
+    if out.exists():
+        raise runs.RunError(f"{out} exists; --merge writes a new folder")
+    folder, ckpt = find_adapter(args.merge, args.ckpt)
+    if args.export_scale:
+        settings, tensors = read_adapter(folder)
+        if settings.scale is None:
+            raise FlagError(f"{settings.method} has no scale to export")
+        with runs.new_folder(out) as temporary:
+            write_adapter(temporary, settings, tensors, plain_scale=True)
+        print(f"saved {out}: the adapter with lora_alpha = {SCALES[settings.scale](settings.alpha, settings.size) * settings.size:g}, use_rslora false")
+        return 0
+    settings = read_adapter(folder)[0]
+    if not hasattr(METHODS[settings.method].layer, "merged_weight"):
+        raise FlagError(f"{settings.method} cannot be merged: what it adds is not a change of a weight matrix")
+    base = find_checkpoint(ckpt)
+    model = load_base(ckpt, torch.device("cpu"), None)
+    load_adapter(model, folder)
+    merge(model)
+    with runs.new_folder(out) as temporary:
+        save_llama(model, temporary)
+        for name in ("config.json", "generation_config.json", "tokenizer.model", "tokenizer.json", "tokenizer_config.json",
+                     "special_tokens_map.json"):
+            if (base / name).is_file():
+                shutil.copyfile(base / name, temporary / name)
+    print(f"saved {out}: {ckpt} with {folder} merged in, {model.embed_tokens.weight.dtype}")
+    return 0
+
+
+def trace(args: argparse.Namespace) -> int:
+    """One fixed batch through model and adapters: what another implementation must reproduce. Names in the README."""
+    s, device = resolve(args)
+    out = Path(args.trace)
+    runs.check_writable(out.parent)
+    find_tokenizer(s.ckpt)
+    model = load_base(s.ckpt, device, DTYPES[s.dtype])
+    torch.manual_seed(s.seed)
+    try:
+        attach(model, s.method, s.rank, s.alpha, 0.0, s.targets, s.scale)
+    except ValueError as e:
+        raise FlagError(str(e)) from None
+    generator = torch.Generator().manual_seed(s.seed)
+    params = trainable(model)
+    with torch.no_grad():  # away from the start, where lora_B = 0 hides half of the gradients
+        for p in params.values():
+            p.add_((0.02 * torch.randn(p.shape, generator=generator)).to(p.device))
+    tokens = torch.randint(0, model.cfg.vocab_size, (2, 17), generator=generator)
+    ids, targets = tokens[:, :-1].to(device), tokens[:, 1:].to(device)
+    tensors = {"ids": ids, "targets": targets} | {f"adapter.{name}": p for name, p in params.items()}
+    hooks = [layer.register_forward_hook(lambda _, __, y, i=i: tensors.update({f"layers.{i}": y.view(2, 16, -1)}))
+             for i, layer in enumerate(model.layers)]
+    logits = model(ids)  # (B, T, V)
+    loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+    loss.backward()
+    for hook in hooks:
+        hook.remove()
+    tensors |= {"logits": logits, "loss": loss} | {f"grad.{name}": p.grad for name, p in params.items()}
+    with runs.replaced_files(out.parent) as temporary:
+        save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, temporary / out.name,
+                  {"settings": json.dumps(asdict(adapter_settings(model)))})
+    print(f"{start_line(model, label(s))}\nsaved {out}: {len(tensors)} tensors, loss {loss.item():.6f}")
+    return 0
+
+
+def exit_code(work: Callable[[], int], program: str) -> int:
+    """Run `work`; foreseeable failures become one line on stderr and the exit code that README lists."""
+    def fail(code: int, message: str) -> int:
+        print(f"{program}: {' '.join(str(message).split())}", file=sys.stderr)
+        return code
+
+    try:
+        return work()
+    except SystemExit as e:  # argparse, after --help
+        return e.code if isinstance(e.code, int) else 0 if e.code is None else fail(2, e.code)
+    except (FlagError, runs.RunError) as e:
+        return fail(2, e)
+    except (DataError, CheckpointError) as e:
+        return fail(3, e)
+    except NonFiniteError as e:
+        return fail(4, e)
+    except KeyboardInterrupt:
+        return fail(130, "interrupted")
+    except (MemoryError, torch.OutOfMemoryError) as e:
+        return fail(1, f"out of memory ({str(e).splitlines()[0] if str(e) else 'host'}); try a smaller --micro-batch-size, "
+                       "--checkpoint-blocks all, or a smaller --rank; checkpoints are intact")
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (OSError, SafetensorError) as e:
+        return fail(1, f"{e}; what was saved before is intact")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code; see README. Never raises SystemExit."""
+    def work() -> int:
+        args = build_parser().parse_args(argv)
+        given = {name for name, value in vars(args).items() if value is not None}
+        training = {f.name for f in fields(Settings)} | {"device"}
+        modes = {"resume": (resume, training), "merge": (merge_files, {"out", "export_scale", "ckpt"}),
+                 "trace": (trace, {"ckpt", "method", "scale", "rank", "alpha", "targets", "seed", "device", "dtype"})}
+        chosen = [mode for mode in modes if mode in given]
+        if len(chosen) > 1:
+            raise FlagError(f"--{chosen[0]} and --{chosen[1]} are different jobs: give one of them")
+        run, known = modes[chosen[0]] if chosen else (start, training | {"out", "overwrite"})
+        if stray := given - known - set(chosen):
+            raise FlagError(f"--{min(stray).replace('_', '-')} has no effect " + (f"with --{chosen[0]}" if chosen else "here"))
+        return run(args)
+
+    return exit_code(work, "rora")
+
+
+if __name__ == "__main__":
+    from rora import main  # the module, not the script: eval.py and pickled classes must meet the same LoRALinear
+
+    sys.exit(main())

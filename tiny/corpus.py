@@ -1,0 +1,219 @@
+"""What the tiny base model reads before it meets a task: the world in plain sentences, and games that teach to pick.
+
+This file knows facts and sentences. It knows nothing of tokens (pretrain.py) or of the tasks' wording (world.py).
+
+A caret switches scoring on and off: in "the cow eats^ grass^." only "grass" counts fully in the loss. The rest of a
+document is largely chance (which animal, which options), and to fit chance is to fit noise.
+"""
+
+import random
+from collections.abc import Callable, Iterator
+
+from world import World
+
+# relation: (statements, questions, questions with yes or no, questions whose answer is a subject)
+WORDING = {
+    "food": (["the {s} eats^ {v}^.", "the {s} likes to eat^ {v}^.", "{v} is eaten by the^ {s}^.", "food for the {s} is^ {v}^."],
+             ["what does the {s} eat?", "what is food for the {s}?"],
+             ["does the {s} eat {v}?", "is {v} food for the {s}?"], ["which animal eats {v}?", "{v} is eaten by the"]),
+    "home": (["the {s} lives in the^ {v}^.", "the home of the {s} is the^ {v}^.", "in the {v} lives the^ {s}^.", "we find the {s} in the^ {v}^."],
+             ["where does the {s} live?", "where is the home of the {s}?"],
+             ["does the {s} live in the {v}?", "is the {v} home to the {s}?"], ["which animal lives in the {v}?", "in the {v} lives the"]),
+    "color": (["the {s} is^ {v}^.", "the color of the {s} is^ {v}^.", "{v} is the color of the^ {s}^.", "we see a {s}, and it is^ {v}^."],
+              ["what color is the {s}?", "what is the color of the {s}?"],
+              ["is the {s} {v}?", "is {v} the color of the {s}?"], ["which animal is {v}?", "{v} is the color of the"]),
+    "job": (["{s} is a^ {v}^.", "the work of {s} is that of a^ {v}^.", "the {v} is called^ {s}^.", "{s} works as a^ {v}^."],
+            ["what is the job of {s}?", "what work has {s}?"],
+            ["is {s} a {v}?", "does {s} work as a {v}?"], ["who is a {v}?", "the {v} is called"]),
+    "town": (["{s} lives in^ {v}^.", "the home of {s} is in^ {v}^.", "in {v} lives^ {s}^.", "we find {s} in^ {v}^."],
+             ["which town is home to {s}?", "where does {s} live?"],
+             ["does {s} live in {v}?", "is {v} home to {s}?"], ["who lives in {v}?", "in {v} lives"]),
+    "tool": (["to {s}, take a^ {v}^.", "we {s} with a^ {v}^.", "they {s}, and for that they need a^ {v}^."],
+             ["what do we need to {s}?", "with what do we {s}?"],
+             ["do we {s} with a {v}?", "do we need a {v} to {s}?"], []),
+    "feeling": (["{p} {s} and was^ {v}^.", "{p} {s}, so {p} felt^ {v}^.", "{p} {s}. this made {p}^ {v}^."],
+                ["{p} {s}. how was {p}?", "{p} {s}. what did {p} feel?"],
+                ["{p} {s}. was {p} {v}?", "{p} {s}. did {p} feel {v}?"], []),
+    "next": (["{p} {s} and begins to^ {v}^.", "{p} {s} in order to^ {v}^.", "{p} {s}. soon {p} can^ {v}^."],
+             ["{p} {s}. what comes now?", "{p} {s}. what does {p} begin?"],
+             ["{p} {s}. does {p} begin to {v}?", "{p} {s}. can {p} {v}?"], []),
+    "source": (["the {s} finds food in the^ {v}^.", "to eat, the {s} goes to the^ {v}^.", "food for the {s} is in the^ {v}^."],
+               ["where does the {s} find food?", "to eat, where does the {s} go?"],
+               ["does the {s} find food in the {v}?", "is food for the {s} in the {v}?"], ["which animal finds food in the {v}?"]),
+    "hideout": (["the {s} hides in the^ {v}^.", "we do not see the {s} in the^ {v}^.", "in the {v} hides the^ {s}^."],
+                ["where does the {s} hide?", "where do we not see the {s}?"],
+                ["does the {s} hide in the {v}?", "is the {v} where the {s} hides?"], ["which animal hides in the {v}?", "in the {v} hides the"]),
+    "workplace": (["{s} works in the^ {v}^.", "{s} goes to work in the^ {v}^.", "at work {s} is in the^ {v}^."],
+                  ["where does {s} work?", "where is {s} at work?"],
+                  ["does {s} work in the {v}?", "is {s} in the {v} at work?"], ["who works in the {v}?"]),
+    "gear": (["{s} works with the^ {v}^.", "for work {s} needs the^ {v}^.", "{s} holds the^ {v}^."],
+             ["with what does {s} work?", "what does {s} hold?"],
+             ["does {s} work with the {v}?", "does {s} need the {v} for work?"], ["who works with the {v}?"]),
+    "sight": (["{s} lives near the^ {v}^.", "the home of {s} is near the^ {v}^.", "from home {s} sees the^ {v}^."],
+              ["what does {s} live near?", "what does {s} see from home?"],
+              ["does {s} live near the {v}?", "does {s} see the {v} from home?"], ["who lives near the {v}?"]),
+    "wish": (["{p} {s} and wanted to^ {v}^.", "{p} {s}, so {p} had to^ {v}^.", "{p} {s}. now {p} must^ {v}^."],
+             ["{p} {s}. what did {p} want?", "{p} {s}. what must {p} do?"],
+             ["{p} {s}. did {p} want to {v}?", "{p} {s}. must {p} {v}?"], []),
+}
+
+RULE_WORDING = {
+    "source": ["{s} is found in the^ {v}^.", "the {v} is full of^ {s}^."],
+    "hideout": ["all that is {s} hides in the^ {v}^.", "the {v} is^ {s}^."],
+    "workplace": ["a {s} works in the^ {v}^.", "in the {v} works a^ {s}^."],
+    "gear": ["a {s} works with the^ {v}^.", "the {v} is in the hand of a^ {s}^."],
+    "sight": ["{s} is near the^ {v}^.", "near the {v} is^ {s}^."],
+    "wish": ["who is {s} wants to^ {v}^.", "we {v} when we are^ {s}^."],
+}
+
+HEADS = "Box Card Door Number Case Line Page Cup Row Gate Bag Seat".split()
+JOINS = [" ", "\n", "\n\n"]
+STYLES = ["{head}{i}: {x}"] * 6 + ["({i}) {x}", "{i}: {x}", "{head}{i} {x}"]
+ARTICLES = ["{}"] * 4 + ["the {}", "a {}", "take a {}"]
+LEADS = [""] * 3 + ["it is ", "that is ", "so we take ", "here it is ", "we say it is "]
+
+
+class Corpus:
+    """Documents of every kind, drawn at random, without end."""
+
+    def __init__(self, world: World, seed: int):
+        self.world, self.rng = world, random.Random(seed)
+        self.names = list(world.facts["job"])
+        self.asked = {r: world.subjects(r, "train", "val", "test") for r in WORDING}  # strict facts are only stated
+        words = {w for of in world.facts.values() for w in of.values()} | set(world.facts["food"]) | set(self.names)
+        self.words = sorted(words)
+        self.kinds: dict[str, Callable[[], str]] = {
+            "statements": self.statements, "copy": self.copy, "bare": self.bare, "lookup": self.lookup,
+            "answer": self.answer, "yesno": self.yesno, "verdict": self.verdict, "label": self.label}
+
+    def documents(self, mix: dict[str, float]) -> Iterator[str]:
+        kinds, weights = list(mix), list(mix.values())
+        while True:
+            yield self.kinds[self.rng.choices(kinds, weights)[0]]()
+
+    # --- knowledge ---
+
+    def fill(self, template: str, subject: str, value: str) -> str:
+        return template.format(s=subject, v=value, p=self.rng.choice(self.names))
+
+    def statement(self) -> str:
+        relation = self.rng.choice(list(WORDING))
+        if relation in RULE_WORDING and self.rng.random() < 0.2:
+            middle, value = self.rng.choice(list(self.world.rules[relation].items()))
+            return self.fill(self.rng.choice(RULE_WORDING[relation]), middle, value)
+        subject, value = self.rng.choice(list(self.world.facts[relation].items()))
+        return self.fill(self.rng.choice(WORDING[relation][0]), subject, value)
+
+    def statements(self) -> str:
+        return " ".join(self.statement() for _ in range(5))
+
+    def question(self) -> tuple[str, str, str, str]:
+        """(question, relation, subject, true value) for a fact that may be asked about."""
+        relation = self.rng.choice(list(WORDING))
+        subject = self.rng.choice(self.asked[relation])
+        value = self.world.facts[relation][subject]
+        stems = [s.split("^")[0] for s in WORDING[relation][0] if s.endswith("{v}^.")]  # a statement left open
+        template = self.rng.choice(WORDING[relation][1] * 2 + stems)
+        return self.fill(template, subject, value), relation, subject, value
+
+    def answer(self) -> str:
+        """The value after its question, several questions a document."""
+        parts = []
+        for _ in range(3):
+            question, _, _, value = self.question()
+            parts.append(question + self.rng.choice(["", self.filler(0.5)]) + "^" + self.rng.choice([" ", " it is ", " so "]) + value + "^.")
+        return " ".join(parts)
+
+    def yesno(self) -> str:
+        parts = []
+        for _ in range(3):
+            relation = self.rng.choice(list(WORDING))
+            subject = self.rng.choice(self.asked[relation])
+            value, says = self.world.facts[relation][subject], "yes"
+            if self.rng.random() < 0.5:
+                value, says = self.rng.choice([v for v in self.world.values[relation] if v != value]), "no"
+            check = self.fill(self.rng.choice(WORDING[relation][2]), subject, value)
+            parts.append(check + self.filler(0.5) + self.rng.choice(["^ ", "^ it is ", "^ we say "]) + says + "^.")
+        return " ".join(parts)
+
+    # --- picking from a list ---
+
+    def listed(self, words: list[str], plain: bool) -> tuple[str, Callable[[int], str]]:
+        """A numbered list, and how its i-th entry (from 0) is named: "Box1: saw Box2: rope", box1."""
+        head, style = self.rng.choice(HEADS), self.rng.choice(STYLES)
+        article = "{}" if plain else self.rng.choice(ARTICLES)
+        gap = self.rng.choice([" "] * 5 + ["\n", "\n\n"])
+        entries = [style.format(head=head, i=i, x=article.format(w)) for i, w in enumerate(words, start=1)]
+        word = head.lower() if "{head}" in style else self.rng.choice(["item", "number"])
+        return gap.join(entries), lambda i: f"{word}{i + 1}"
+
+    def copy(self) -> str:
+        words = " ".join(self.rng.choice(self.words) for _ in range(self.rng.randint(3, 7)))
+        return f"{words}.^ {words}. {words}^."
+
+    def bare(self) -> str:
+        """painter2: the word itself asks for its number. Dense, and with replacement: without it one learns to eliminate."""
+        words = self.rng.sample(self.words, self.rng.randint(2, 5))
+        text, _ = self.listed(words, plain=True)
+        asks = "".join(f" {words[i]}^{i + 1}^" for i in self.rng.choices(range(len(words)), k=5))
+        return f"{text}{self.rng.choice([' =', '.', self.filler(1)])}{asks}."
+
+    def lookup(self) -> str:
+        """A word named before the list."""
+        words = self.rng.sample(self.words, self.rng.randint(2, 5))
+        text, name = self.listed(words, plain=False)
+        i = self.rng.randrange(len(words))
+        return f"{words[i]}?{self.join()}{text}{self.filler(0.5, name, len(words))}{self.join()}{self.label_of(words[i], name(i))}."
+
+    def poll(self) -> tuple[str, list[str], int]:
+        """(question, options, place of the right one)."""
+        n = self.rng.randint(2, 5)
+        reverse = [r for r in WORDING if WORDING[r][3]]
+        if self.rng.random() < 0.65:
+            question, relation, _, right = self.question()
+            wrong = self.rng.sample([v for v in self.world.values[relation] if v != right], n - 1)
+        else:
+            relation = self.rng.choice(reverse)
+            right = self.rng.choice(self.asked[relation])
+            value = self.world.facts[relation][right]
+            wrong = self.rng.sample([s for s in self.asked[relation] if self.world.facts[relation][s] != value], n - 1)
+            question = self.rng.choice(WORDING[relation][3]).format(v=value)
+            if n == 2 and self.rng.random() < 0.6:
+                a, b = self.rng.sample([right, *wrong], 2)
+                the = "" if a in self.names else "the "
+                question = f"we met {the}{a} and {the}{b}. {question}"
+        at = self.rng.randrange(n)
+        return question, [*wrong[:at], right, *wrong[at:]], at
+
+    def verdict(self) -> str:
+        """Every option judged where it stands; some verdicts are left out, so that the end must do without."""
+        question, options, at = self.poll()
+        keep = self.rng.choice([0.5, 1.0, 1.0])
+        judged = [o + (f"^ {'yes' if i == at else 'no'}^" if self.rng.random() < keep else "") for i, o in enumerate(options)]
+        text, name = self.listed(judged, plain=False)
+        return f"{question}{self.join()}{text}{self.filler(0.3, name, len(options))}{self.join()}^{name(at)}^."
+
+    def label(self) -> str:
+        """The question, the list, and only the number of the right entry."""
+        question, options, at = self.poll()
+        text, name = self.listed(options, plain=False)
+        body = f"{text}{self.join()}{question}" if self.rng.random() < 0.05 else f"{question}{self.join()}{text}"
+        return f"{body}{self.filler(0.6, name, len(options))}{self.join()}{self.label_of(options[at], name(at))}."
+
+    def label_of(self, word: str, name: str) -> str:
+        """A ladder: the right word first, then the number alone."""
+        lead = self.rng.choice(LEADS)
+        number = name.lstrip("abcdefghijklmnopqrstuvwxyz")
+        return self.rng.choice([f"^{lead}{name}^"] * 4 + [f"^{word}{number}^", f"^{word} is {name}^"])
+
+    def join(self) -> str:
+        return self.rng.choice(JOINS)
+
+    def filler(self, often: float, name: Callable[[int], str] | None = None, n: int = 0) -> str:
+        """What may stand between a question and its answer: another sentence, or the names of all entries."""
+        if self.rng.random() > often:
+            return ""
+        if name is not None and self.rng.random() < 0.6:
+            between = self.rng.choice(["/", ", ", " or "])
+            return self.join() + self.rng.choice(["take ", "say ", ""]) + between.join(name(i) for i in range(n)) + "."
+        return self.join() + self.statement().replace("^", "")
