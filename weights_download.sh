@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Fetch a base checkpoint into checkpoints/NAME, or the commonsense data into data/. Needs bash (3.2 is enough) and curl.
+# Fetch a base checkpoint into checkpoints/NAME, or the commonsense data into data/. Needs bash and curl; keeps to bash 3.2 (macOS).
 # It knows file names, sizes and hashes; it does not look inside a checkpoint.
 #
 #   ./weights_download.sh llama-7b          ./weights_download.sh data

@@ -3,6 +3,7 @@
 Big enough to have heads, groups and layers, small enough for a laptop.
 """
 
+import dataclasses
 import json
 import os
 import sys
@@ -37,3 +38,48 @@ def real_data() -> Path | None:
     """The real records and tokenizers: $RORA_DATA, or the folder beside the checkout; None where they are absent."""
     folder = Path(os.environ.get("RORA_DATA") or ROOT.parent / "shared" / "data")
     return folder if (folder / "tokenizer.model").is_file() else None
+
+
+def words(folder: Path):
+    """A real SentencePiece tokenizer of about 300 pieces with LLaMA's conventions, trained in a blink on the tasks' wording."""
+    import sentencepiece
+
+    from data import TASKS, format_prompt, load_tokenizer
+
+    text = [format_prompt({"instruction": f"Please answer the following question: is the sky blue? Answer format: {answers}"})
+            + "the correct answer is true false" for answers in TASKS.values()]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter("\n".join(text).split("\n") * 3), model_prefix=str(folder / "tokenizer"), vocab_size=400, model_type="bpe",
+        byte_fallback=True, hard_vocab_limit=False, minloglevel=2, normalization_rule_name="identity", remove_extra_whitespaces=False)
+    return load_tokenizer(folder)
+
+
+def write_checkpoint(folder: Path, cfg: LlamaConfig = SMALL, tokenizer: Path | None = None) -> Path:
+    """A random model in the true format: config.json, model.safetensors, tokenizer.model."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if tokenizer is None:
+        vocab_size = words(folder).vocab_size
+    else:
+        (folder / "tokenizer.model").write_bytes(tokenizer.read_bytes())
+        vocab_size = cfg.vocab_size
+    torch.manual_seed(0)
+    model = Llama(dataclasses.replace(cfg, vocab_size=vocab_size))
+    for p in model.parameters():
+        if p.dim() == 2:
+            torch.nn.init.normal_(p, 0, 0.02)
+    save_llama(model, folder)
+    return folder
+
+
+def write_records(path: Path, n: int = 40) -> Path:
+    """n records in the format of commonsense_170k.json: is one number larger than another?"""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    records = []
+    for i in range(n):
+        a, b = (7 * i + 3) % 10, (3 * i + 5) % 11
+        answer = "true" if a > b else "false"
+        records.append({"instruction": f"Please answer the following question with true or false, question: is {a} larger than {b}?"
+                        + " please" * (i % 5) + "\n\nAnswer format: true/false", "input": "", "output": f"the correct answer is {answer}",
+                        "answer": answer})
+    path.write_text(json.dumps(records))
+    return path

@@ -32,8 +32,8 @@ def home(tmp_path):
 def command(home, hub, *arguments, **env):
     """-> arguments for subprocess. Nothing of this machine's environment but PATH: no proxy, no token of a real person."""
     url = hub.url if hub else "http://127.0.0.1:9"  # port 9: nobody there
-    env = {"PATH": os.environ["PATH"], "HOME": str(home), "TMPDIR": str(home / "tmp"), "RETRY_SECONDS": "0"} | {
-        "HF_ENDPOINT": url, "GITHUB_RAW": url} | env
+    ours = {"HF_ENDPOINT": url, "GITHUB_RAW": url, "RETRY_SECONDS": "0", "TMPDIR": str(home / "tmp"), "HOME": str(home)}
+    env = {"PATH": os.environ["PATH"]} | ours | env
     return {"args": ["bash", str(home / SCRIPT.name), *arguments], "env": env, "cwd": "/", "text": True}
 
 

@@ -163,7 +163,7 @@ class Corpus:
         words = self.rng.sample(self.words, self.rng.randint(2, 5))
         text, name = self.listed(words, plain=False)
         i = self.rng.randrange(len(words))
-        return f"{words[i]}?{self.join()}{text}{self.filler(0.5, name, len(words))}{self.join()}{self.label_of(words[i], name(i))}."
+        return f"{words[i]}?{self.join()}{text}{self.filler(0.5, name, len(words))}{self.picked(words[i], name(i))}"
 
     def poll(self) -> tuple[str, list[str], int]:
         """(question, options, place of the right one)."""
@@ -191,20 +191,20 @@ class Corpus:
         keep = self.rng.choice([0.5, 1.0, 1.0])
         judged = [o + (f"^ {'yes' if i == at else 'no'}^" if self.rng.random() < keep else "") for i, o in enumerate(options)]
         text, name = self.listed(judged, plain=False)
-        return f"{question}{self.join()}{text}{self.filler(0.3, name, len(options))}{self.join()}^{name(at)}^."
+        return f"{question}{self.join()}{text}{self.filler(0.3, name, len(options))}^{self.join()}{name(at)}^."
 
     def label(self) -> str:
         """The question, the list, and only the number of the right entry."""
         question, options, at = self.poll()
         text, name = self.listed(options, plain=False)
         body = f"{text}{self.join()}{question}" if self.rng.random() < 0.05 else f"{question}{self.join()}{text}"
-        return f"{body}{self.filler(0.6, name, len(options))}{self.join()}{self.label_of(options[at], name(at))}."
+        return f"{body}{self.filler(0.6, name, len(options))}{self.picked(options[at], name(at))}"
 
-    def label_of(self, word: str, name: str) -> str:
-        """A ladder: the right word first, then the number alone."""
-        lead = self.rng.choice(LEADS)
+    def picked(self, word: str, name: str) -> str:
+        """How a pick is told: its number alone, mostly, or the right word on the way to the number."""
         number = name.lstrip("abcdefghijklmnopqrstuvwxyz")
-        return self.rng.choice([f"^{lead}{name}^"] * 4 + [f"^{word}{number}^", f"^{word} is {name}^"])
+        told = self.rng.choice([self.rng.choice(LEADS) + name] * 4 + [f"{word}{number}", f"{word} is {name}"])
+        return f"^{self.join()}{told}^."
 
     def join(self) -> str:
         return self.rng.choice(JOINS)

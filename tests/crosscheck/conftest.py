@@ -9,6 +9,7 @@ the folder with the records and tokenizers (default: shared/data beside the chec
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,18 @@ def make_llama(tmp_path):
             for path in folder.glob("*.safetensors*"):
                 path.unlink()
             write_bins(model.state_dict(), folder, sharded=isinstance(files, tuple))
+        return folder, model
+
+    return make
+
+
+@pytest.fixture
+def make_base(make_llama, data_folder):
+    """make_base(**config) -> (folder, model) with the real LLaMA tokenizer beside the weights: what rora.py trains on."""
+
+    def make(**config):
+        folder, model = make_llama(vocab_size=32000, num_key_value_heads=2, **config)
+        shutil.copyfile(data_folder / "tokenizer.model", folder / "tokenizer.model")
         return folder, model
 
     return make

@@ -1,0 +1,271 @@
+"""Make the tiny base model: a tokenizer, then a small LLaMA that reads corpus.py until the probes are content.
+
+    python tiny/pretrain.py            # about an hour on two CPU cores; writes config.json, model.safetensors, tokenizer.model
+
+Skills come in an order: copy, find a word's number in a list, recall a fact, and only then recall and pick at once.
+So the mix of documents changes in stages, and no kind ever stops: a skill no longer practised is lost.
+The tokenizer sees the tasks' words, so that their records are short. The model does not: see corpus.py.
+"""
+
+import argparse
+import io
+import json
+import random
+import re
+import sys
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import sentencepiece
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))  # llama.py and data.py lie one folder up
+
+from corpus import WORDING, Corpus
+from data import SentencePieceTokenizer, format_prompt, load_tokenizer
+from llama import Llama, LlamaConfig, save_llama
+from world import SIZES, STEMS, World, build_world, questions
+
+# stage: tokens in millions, share of each kind of document
+STAGES = {
+    "lists":    (3.0, {"statements": 30, "copy": 12, "bare": 40, "lookup": 12, "answer": 6}),
+    "verdicts": (4.0, {"statements": 26, "copy": 4, "bare": 14, "lookup": 8, "answer": 8, "yesno": 8, "verdict": 20, "label": 12}),
+    "labels":   (9.0, {"statements": 25, "copy": 3, "bare": 6, "lookup": 5, "answer": 6, "yesno": 10, "verdict": 14, "label": 31}),
+    "decay":    (6.0, {"statements": 25, "copy": 3, "bare": 5, "lookup": 4, "answer": 6, "yesno": 12, "verdict": 9, "label": 36}),
+}
+B, T = 32, 128           # rows a step, tokens a row
+CHANCE = 0.1             # loss weight of what cannot be known (corpus.py's caret)
+MUON_LR, ADAM_LR, WARMUP = 0.02, 3e-3, 100
+
+
+# --- tokenizer -------------------------------------------------------------------------------------
+
+def train_tokenizer(world: World) -> bytes:
+    """SentencePiece BPE with byte fallback. Every word of the world and the tasks is one piece; the rest is spelled."""
+    corpus = Corpus(world, seed=0)
+    text = [d.replace("^", "") for d in islice(corpus.documents({kind: 1 for kind in corpus.kinds}), 20_000)]
+    for task in STEMS:
+        for split, n in SIZES.items():
+            text += [format_prompt(r) + r["output"] for r in (q.record() for q in questions(world, task, split, n))]
+    words = {w for t in text for w in re.findall("▁?[A-Za-z]+", "▁" + t.replace(" ", "▁"))}
+    out = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(line for t in text for line in t.split("\n")), model_writer=out, model_type="bpe",
+        vocab_size=1200, user_defined_symbols=sorted(words), byte_fallback=True, split_digits=True,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, unk_id=0, bos_id=1, eos_id=2, pad_id=-1,
+        num_threads=1, minloglevel=2)
+    return out.getvalue()
+
+
+def encode(tokenizer: SentencePieceTokenizer, document: str) -> tuple[list[int], list[float]]:
+    """Token ids from BOS to EOS, and the loss weight of each. Carets become weights and vanish."""
+    caret = tokenizer.sp.piece_to_id("<0x5E>")
+    ids, weights, on = [tokenizer.bos], [0.0], False
+    for i in tokenizer.encode(document, bos=False, eos=True):
+        if i == caret:
+            on = not on
+        else:
+            ids.append(i)
+            weights.append(1.0 if on else CHANCE)
+    return ids, weights
+
+
+def batches(tokenizer: SentencePieceTokenizer, documents: Iterator[str]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Ids and weights, (B, T + 1) each: whole documents laid end to end, the next row begun where one does not fit."""
+    row_ids: list[int] = []
+    row_weights: list[float] = []
+    rows = []
+    for ids, weights in (encode(tokenizer, d) for d in documents):
+        if len(row_ids) + len(ids) > T + 1:
+            gap = T + 1 - len(row_ids)
+            rows.append((row_ids + [tokenizer.eos] * gap, row_weights + [0.0] * gap))
+            row_ids, row_weights = [], []
+        row_ids, row_weights = (row_ids + ids)[: T + 1], (row_weights + weights)[: T + 1]
+        if len(rows) == B:
+            yield torch.tensor([r for r, _ in rows]), torch.tensor([w for _, w in rows])
+            rows = []
+
+
+# --- optimizer -------------------------------------------------------------------------------------
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose matrix is made orthogonal before it is applied: all directions learn alike. For 2-D weights only."""
+
+    def __init__(self, params, lr: float, momentum: float = 0.95):
+        super().__init__(list(params), {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            shapes: dict[torch.Size, list[nn.Parameter]] = {}
+            for p in group["params"]:
+                shapes.setdefault(p.shape, []).append(p)
+            for (rows, columns), params in shapes.items():  # equal shapes in one batched product
+                updates = []
+                for p in params:
+                    m = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                    m.lerp_(p.grad, 1 - group["momentum"])
+                    updates.append(p.grad.lerp(m, group["momentum"]))
+                scale = max(1.0, rows / columns) ** 0.5
+                for p, update in zip(params, orthogonal(torch.stack(updates))):
+                    p.add_(update, alpha=-group["lr"] * scale)
+
+
+def orthogonal(X: Tensor) -> Tensor:  # (n, rows, columns) -> the same
+    """Push all singular values towards 1: five Newton-Schulz steps with the quintic whose slope at 0 is steep."""
+    tall = X.size(1) > X.size(2)
+    X = X.mT if tall else X
+    X = X / (X.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(5):
+        A = X @ X.mT
+        X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
+    return X.mT if tall else X
+
+
+# --- probes ----------------------------------------------------------------------------------------
+
+class Probes:
+    """One number a skill: the share of right answers, read off as the likeliest of the possible next tokens."""
+
+    def __init__(self, world: World, tokenizer: SentencePieceTokenizer):
+        self.world, self.tokenizer = world, tokenizer
+        self.sets = {"copy": self.copying(), "bare": self.finding()}
+        for name, splits in {"asked": ("train", "val", "test"), "strict": ("strict",)}.items():
+            self.sets |= {f"state {name}": self.statements(splits), f"yesno {name}": self.yesno(splits)}
+            self.sets |= {f"pick {kind} {name}": self.picks(splits, kind) for kind in ("one", "two", "who")}
+
+    def facts(self, splits: tuple[str, ...], kind: str = "") -> list[tuple[str, str, str]]:
+        chosen = {"one": lambda r: r not in self.world.parent, "two": lambda r: r in self.world.parent,
+                  "who": lambda r: bool(WORDING[r][3]), "": lambda r: True}[kind]
+        facts = [(r, s, self.world.facts[r][s]) for r in WORDING if chosen(r) for s in self.world.subjects(r, *splits)]
+        return random.Random(0).sample(facts, min(100, len(facts)))
+
+    def copying(self) -> list[tuple[str, list[str], int]]:
+        rng, words = random.Random(0), Corpus(self.world, 0).words
+        picks = [rng.sample(words, 5) for _ in range(100)]
+        return [(f"{' '.join(w)}. {' '.join(w[:3])}", [" " + x for x in w], 3) for w in picks]
+
+    def finding(self) -> list[tuple[str, list[str], int]]:
+        rng, words = random.Random(1), Corpus(self.world, 0).words
+        picks = [(rng.sample(words, 4), rng.randrange(4)) for _ in range(100)]
+        return [(" ".join(f"Box{i}: {x}" for i, x in enumerate(w, 1)) + f" = {w[at]}", list("1234"), at) for w, at in picks]
+
+    def statements(self, splits: tuple[str, ...]) -> list[tuple[str, list[str], int]]:
+        return [(WORDING[r][0][0].split("^")[0].format(s=s, p="Ann"), [" " + v for v in self.world.values[r]],
+                 self.world.values[r].index(v)) for r, s, v in self.facts(splits)]
+
+    def yesno(self, splits: tuple[str, ...]) -> list[tuple[str, list[str], int]]:
+        cases = []
+        for i, (r, s, v) in enumerate(self.facts(splits)):
+            said = v if i % 2 else next(w for w in self.world.side(r, v) if w != v)
+            cases.append((WORDING[r][2][0].format(s=s, v=said, p="Ann"), [" no", " yes"], i % 2))
+        return cases
+
+    def picks(self, splits: tuple[str, ...], kind: str) -> list[tuple[str, list[str], int]]:
+        rng, cases = random.Random(2), []
+        for i, (r, s, v) in enumerate(self.facts(splits, kind)):
+            if kind == "who":
+                others = [o for o in self.world.subjects(r, *splits) if self.world.facts[r][o] != v]
+                question, right = WORDING[r][3][0].format(v=v), s
+            else:
+                others = [w for w in self.world.values[r] if w != v]
+                question, right = WORDING[r][1][0].format(s=s, p="Ann"), v
+            options = rng.sample(others, 3)
+            options.insert(i % 4, right)
+            listed = " ".join(f"Box{j}: {o}" for j, o in enumerate(options, 1))
+            cases.append((f"{question}\n\n{listed}\n\nbox", list("1234"), i % 4))
+        return cases
+
+    @torch.no_grad()
+    def __call__(self, model: Llama) -> dict[str, float]:
+        scores = {}
+        for name, cases in self.sets.items():
+            ids = [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt, _, _ in cases]
+            rows = model.rows([len(i) for i in ids])
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = model.lm_head(model.hidden(torch.tensor(sum(ids, [])), rows)[rows.ends - 1]).float()
+            right = 0
+            for row, (prompt, options, at) in zip(logits, cases):
+                n = len(self.tokenizer.encode(prompt, bos=False, eos=False))
+                first = [self.tokenizer.encode(prompt + o, bos=False, eos=False)[n] for o in options]
+                right += int(row[first].argmax()) == at
+            scores[name] = round(100 * right / len(cases), 1)
+        return scores
+
+
+# --- training --------------------------------------------------------------------------------------
+
+def build_model(vocab_size: int) -> Llama:
+    torch.manual_seed(0)
+    model = Llama(LlamaConfig(dim=192, n_layers=8, n_heads=6, n_kv_heads=6, hidden_dim=320, vocab_size=vocab_size,
+                              norm_eps=1e-5, rope_theta=10000.0, max_positions=512))
+    for name, p in model.named_parameters():
+        if p.dim() == 2:
+            nn.init.normal_(p, std=0.02 if "o_proj" not in name and "down_proj" not in name else 0.005)
+    return model
+
+
+def weighted_loss(model: Llama, ids: Tensor, weights: Tensor) -> Tensor:  # (B, T + 1), (B, T + 1) -> ()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(ids[:, :-1])  # (B, T, V)
+    losses = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
+    weights = weights[:, 1:].flatten()
+    return (losses * weights).sum() / weights.sum()
+
+
+def pretrain(work: Path) -> Llama:
+    """All stages, each continued from the last one's file in `work` if that is there."""
+    world = build_world()
+    (HERE / "tokenizer.model").write_bytes(train_tokenizer(world))
+    tokenizer = load_tokenizer(HERE)
+    model, probes = build_model(tokenizer.vocab_size), Probes(world, tokenizer)
+    matrices = [p for name, p in model.named_parameters() if name.startswith("layers") and p.dim() == 2]
+    others = [p for name, p in model.named_parameters() if not (name.startswith("layers") and p.dim() == 2)]
+    muon = Muon(matrices, lr=MUON_LR)
+    adam = torch.optim.AdamW(others, lr=ADAM_LR, betas=(0.9, 0.95), weight_decay=0.0)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {tokenizer.vocab_size} pieces")
+    work.mkdir(parents=True, exist_ok=True)
+    tokens, seconds, log = 0, 0.0, []
+
+    for number, (stage, (millions, mix)) in enumerate(STAGES.items()):
+        saved = work / f"{stage}.pt"
+        if saved.exists():
+            state = torch.load(saved)
+            for part, name in ((model, "model"), (muon, "muon"), (adam, "adam")):
+                part.load_state_dict(state[name])
+            tokens, seconds, log = state["tokens"], state["seconds"], state["log"]
+            continue
+        stream = batches(tokenizer, Corpus(world, seed=number + 1).documents(mix))
+        steps = round(millions * 1e6 / (B * T))
+        for step in range(steps):
+            start = time.time()
+            ids, weights = next(stream)
+            warm = min(1.0, (step + 1) / WARMUP) if number == 0 else 1.0
+            fade = 1 - step / steps if stage == "decay" else 1.0
+            muon.param_groups[0]["lr"], adam.param_groups[0]["lr"] = MUON_LR * warm * fade, ADAM_LR * warm * fade
+            loss = weighted_loss(model, ids, weights)
+            loss.backward()
+            muon.step()
+            adam.step()
+            model.zero_grad()
+            tokens, seconds = tokens + B * T, seconds + time.time() - start
+            if (step + 1) % 120 == 0 or step + 1 == steps:
+                row = {"stage": stage, "tokens": tokens, "seconds": round(seconds), "loss": round(loss.item(), 3), **probes(model)}
+                log.append(row)
+                print(json.dumps(row), flush=True)
+        torch.save({"model": model.state_dict(), "muon": muon.state_dict(), "adam": adam.state_dict(),
+                    "tokens": tokens, "seconds": seconds, "log": log}, saved)
+    save_llama(model.bfloat16(), HERE)
+    (HERE / "pretrain.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
+    return model
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Pretrain the embedded model.")
+    parser.add_argument("--work", type=Path, default=HERE / "work", help="where finished stages are kept, to go on from")
+    pretrain(parser.parse_args().work)
