@@ -242,8 +242,9 @@ def attach(model: Llama, method: str, rank: int, alpha: float | None = 64, dropo
     places = [(parent, name, child) for block in model.layers for parent in block.modules()
               for name, child in parent.named_children() if name in targets and isinstance(child, layer.wraps)]
     if missing := set(targets) - {name for _, name, _ in places}:
-        raise ValueError(f"no layer to put {method} on is called {some(missing)}; the model has "
-                         f"{some({n.rpartition('.')[2] for n, m in model.layers.named_modules() if isinstance(m, layer.wraps)})}")
+        known = {name for block in model.layers for parent in block.modules() for name, m in parent.named_children()
+                 if isinstance(m, layer.wraps)}
+        raise ValueError(f"no layer to put {method} on is called {some(missing)}; choose from {', '.join(sorted(known))}")
     model.requires_grad_(False)
     for parent, name, child in places:
         wrapper = layer(child, rank, alpha, dropout).train(child.training)

@@ -97,8 +97,11 @@ def write_json(path: Path, value: dict) -> None:
 def check_writable(folder: Path) -> None:
     """Raise RunError if `folder` could not be made. Writes nothing."""
     nearest = folder
-    while not nearest.exists() and nearest != nearest.parent:
-        nearest = nearest.parent
+    try:
+        while not nearest.exists() and nearest != nearest.parent:
+            nearest = nearest.parent
+    except OSError as e:  # a name too long, links in a circle
+        raise RunError(f"{folder} cannot be made ({e.strerror}); choose another --out") from None
     if not nearest.is_dir():
         raise RunError(f"{nearest} is a file, so {folder} cannot be made; choose another --out")
     if not os.access(nearest, os.W_OK | os.X_OK):
@@ -131,12 +134,19 @@ def new_checkpoint(run: Path, step: int, keep: int = 2) -> Iterator[Path]:
         manifest = {p.name: sha256(p) for p in sorted(folder.iterdir())}
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     for old in checkpoints(run)[keep:]:
-        shutil.rmtree(old)
+        discard(old)
+
+
+def discard(folder: Path) -> None:
+    """Delete a checkpoint, first from the list of names: half of one must never look like one."""
+    doomed = folder.with_name(f".tmp-{folder.name}")
+    os.rename(folder, doomed)
+    shutil.rmtree(doomed)
 
 
 def checkpoints(run: Path) -> list[Path]:
     """The run's checkpoints, newest first."""
-    return sorted((run / "checkpoints").glob("step-*"), reverse=True)
+    return sorted((run / "checkpoints").glob("step-*"), key=lambda p: (len(p.name), p.name), reverse=True)
 
 
 def damage(folder: Path) -> str | None:
@@ -171,7 +181,7 @@ class Metrics:
     """metrics.jsonl, a line an event, cut back to `step` on opening: rows after the checkpoint will be made again."""
 
     def __init__(self, path: Path, step: int = 0):
-        kept = [line for line in path.read_text().splitlines() if _step(line) <= step] if step and path.exists() else []
+        kept = [line for line in path.read_text(errors="replace").splitlines() if _step(line) <= step] if step and path.exists() else []
         write_text(path, "".join(line + "\n" for line in kept))
         self.file = path.open("a", encoding="utf-8")
 

@@ -112,6 +112,20 @@ def write_bins(state: dict, folder: Path, sharded: bool) -> None:
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
 
 
+@pytest.fixture(scope="session")
+def padded():
+    """padded(records) -> what transformers asks for: rows padded to the right, a mask, -100 where nothing is learned."""
+
+    def pad(records) -> dict[str, torch.Tensor]:
+        T = max(len(r.ids) for r in records)
+        rows = [(list(r.ids), r.split, T - len(r.ids)) for r in records]
+        return {"input_ids": torch.tensor([ids + [0] * n for ids, _, n in rows]),
+                "attention_mask": torch.tensor([[1] * len(ids) + [0] * n for ids, _, n in rows]),
+                "labels": torch.tensor([[-100] * split + ids[split:] + [-100] * n for ids, split, n in rows])}
+
+    return pad
+
+
 # --- the table of deviations -----------------------------------------------------------------------
 
 
@@ -157,7 +171,7 @@ def pytest_terminal_summary(terminalreporter, exitstatus, config):
     rows = config.stash[DEVIATIONS]
     lines = ["| quantity | ours against | largest difference | relative |", "|---|---|---|---|"]
     for (quantity, whom), cells in rows.items():
-        cells = [f"{cell:.0e}" if isinstance(cell, float) else str(cell) for cell in cells]
+        cells = [f"{cell:.1e}" if isinstance(cell, float) else str(cell) for cell in cells]
         lines.append("| " + " | ".join([quantity, whom, *cells]) + " |")
     if rows:
         terminalreporter.write_line("\n" + "\n".join(lines))

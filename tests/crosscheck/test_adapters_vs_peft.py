@@ -68,20 +68,10 @@ def our_loss(model, records: list[Record]) -> torch.Tensor:
     return loss_sum(model, batch) / batch.count
 
 
-def their_loss(model, records: list[Record]) -> torch.Tensor:
-    """transformers' own loss, on rows padded to the right."""
-    T = max(len(r.ids) for r in records)
-    pad = [T - len(r.ids) for r in records]
-    ids = torch.tensor([[*r.ids, *[0] * n] for r, n in zip(records, pad)])
-    mask = torch.tensor([[1] * len(r.ids) + [0] * n for r, n in zip(records, pad)])
-    labels = torch.tensor([[-100] * r.split + [*r.ids[r.split :]] + [-100] * n for r, n in zip(records, pad)])
-    return model(input_ids=ids, attention_mask=mask, labels=labels).loss
-
-
 # --- loss and gradients from one adapter file ------------------------------------------------------
 
 
-def compare_with_peft(case: str, make_llama, tmp_path, deviation) -> None:
+def compare_with_peft(case: str, make_llama, padded, tmp_path, deviation) -> None:
     how, flags = LORA_FAMILY[case]
     folder, base = make_llama(num_key_value_heads=2)
     ours = our_model(folder, targets=EVERY_LINEAR, **how)
@@ -89,7 +79,7 @@ def compare_with_peft(case: str, make_llama, tmp_path, deviation) -> None:
     theirs = PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True)
     assert {key: getattr(theirs.peft_config["default"], key) for key in flags} == flags
 
-    loss, their = our_loss(ours, some_records()), their_loss(theirs, some_records())
+    loss, their = our_loss(ours, some_records()), theirs(**padded(some_records())).loss
     assert deviation(f"{case}: loss", "PEFT", loss, their)[1] < 1e-5
     loss.backward()
     their.backward()
@@ -100,17 +90,17 @@ def compare_with_peft(case: str, make_llama, tmp_path, deviation) -> None:
         assert deviation(f"{case}: gradient of {kind}", "PEFT", p.grad, gradients[peft_name(name)])[1] < 1e-5, name
 
 
-def test_lora_has_pefts_loss_and_every_gradient(make_llama, tmp_path, deviation):
-    compare_with_peft("lora", make_llama, tmp_path, deviation)
+def test_lora_has_pefts_loss_and_every_gradient(make_llama, padded, tmp_path, deviation):
+    compare_with_peft("lora", make_llama, padded, tmp_path, deviation)
 
 
-def test_rora_and_pefts_rslora_are_one_formula_in_loss_and_every_gradient(make_llama, tmp_path, deviation):
-    compare_with_peft("rora", make_llama, tmp_path, deviation)
+def test_rora_and_pefts_rslora_are_one_formula_in_loss_and_every_gradient(make_llama, padded, tmp_path, deviation):
+    compare_with_peft("rora", make_llama, padded, tmp_path, deviation)
 
 
 @pytest.mark.parametrize("case", ["dora", "dora-sqrt"])
-def test_dora_has_pefts_loss_and_every_gradient(case, make_llama, tmp_path, deviation):
-    compare_with_peft(case, make_llama, tmp_path, deviation)
+def test_dora_has_pefts_loss_and_every_gradient(case, make_llama, padded, tmp_path, deviation):
+    compare_with_peft(case, make_llama, padded, tmp_path, deviation)
 
 
 def as_prompt_embeddings(tensors: dict) -> torch.Tensor:
@@ -120,13 +110,13 @@ def as_prompt_embeddings(tensors: dict) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2], ids=["plain", "grouped"])
-def test_prefix_tuning_has_pefts_loss_and_gradient(kv_heads, make_llama, tmp_path, deviation):
+def test_prefix_tuning_has_pefts_loss_and_gradient(kv_heads, make_llama, padded, tmp_path, deviation):
     folder, base = make_llama(num_key_value_heads=kv_heads)
     ours = our_model(folder, method="prefix", rank=PREFIX)
     save_adapter(ours, tmp_path / "adapter")
     theirs = PeftModel.from_pretrained(base, tmp_path / "adapter")  # PEFT refuses is_trainable=True for a saved prefix
     embedding = theirs.prompt_encoder["default"].embedding.weight.requires_grad_()
-    loss, their = our_loss(ours, some_records()), their_loss(theirs, some_records())
+    loss, their = our_loss(ours, some_records()), theirs(**padded(some_records())).loss
     assert deviation("prefix: loss", "PEFT", loss, their)[1] < 1e-5
     loss.backward()
     their.backward()
@@ -149,8 +139,8 @@ def test_greedy_tokens_behind_a_prefix_are_pefts(make_llama, tmp_path, mismatche
 
 
 @pytest.mark.parametrize("method, targets", [("series", ["down_proj"]), ("parallel", ["up_proj", "down_proj"])])
-def test_bottlenecks_are_what_their_formula_says(method, targets, make_llama, deviation):
-    """Series: y = z + f(z), z = W x. Parallel: y = W x + f(x). f(h) = up tanh(down h); written as hooks on transformers' model."""
+def test_bottlenecks_are_what_their_formula_says(method, targets, make_llama, padded, deviation):
+    """Series: y = z + f(z), z = W x. Parallel: y = W x + f(x). f(h) = up tanh(down h), as hooks on transformers' model."""
     folder, theirs = make_llama(num_key_value_heads=2)
     ours = our_model(folder, method=method, rank=8)
     weights = {name: p.detach().clone().requires_grad_() for name, p in trainable(ours).items()}
@@ -161,7 +151,7 @@ def test_bottlenecks_are_what_their_formula_says(method, targets, make_llama, de
             down, up = weights[f"{name}.adapter_down"], weights[f"{name}.adapter_up"]
             module.register_forward_hook(
                 lambda _, x, z, down=down, up=up: z + torch.tanh((z if method == "series" else x[0]) @ down.T) @ up.T)
-    loss, their = our_loss(ours, some_records()), their_loss(theirs, some_records())
+    loss, their = our_loss(ours, some_records()), theirs(**padded(some_records())).loss
     assert deviation(f"{method}: loss", "its formula on transformers", loss, their)[1] < 1e-5
     loss.backward()
     their.backward()
@@ -256,6 +246,21 @@ def test_doras_magnitude_loads_in_each_spelling(make_llama, tmp_path, deviation)
     for kind in ("peft", *spelled):
         absolute, _ = deviation("dora: logits, each spelling of the magnitude", "PEFT", logits_here(folder, tmp_path / kind), logits)
         assert absolute < 1e-5, kind
+
+
+def test_an_adapter_exported_with_a_plain_scale_needs_no_rslora_flag(make_llama, tmp_path, deviation):
+    """For readers that always divide by r: alpha·√r is written in place of alpha, and use_rslora is false."""
+    folder, base = make_llama(num_key_value_heads=2)
+    ours = our_model(folder, method="rora")
+    save_adapter(ours, tmp_path / "adapter")
+    assert main(["--merge", str(tmp_path / "adapter"), "--export-scale", "plain", "--ckpt", str(folder),
+                 "--out", str(tmp_path / "plain")]) == 0
+    theirs = PeftModel.from_pretrained(base, tmp_path / "plain").eval()
+    assert not theirs.peft_config["default"].use_rslora
+    with torch.no_grad():
+        absolute, _ = deviation("rora: logits with --export-scale plain", "PEFT", ours(some_ids()),
+                                theirs(input_ids=some_ids()).logits)
+    assert absolute < 1e-5
 
 
 # --- merging and tracing, from the command line ----------------------------------------------------

@@ -17,24 +17,18 @@ STEPS, BATCH, MICRO, WARMUP = 20, 5, 2, 6
 RECORDS = 33  # seven batches an epoch, the last of three: twenty steps are two epochs and most of a third
 
 
-def their_run(model, parameters: list, records: list, lr: float) -> list[float]:
-    """Twenty steps as transformers' Trainer takes them: the batch's mean over all its micro-batches, clip, step, schedule."""
+def their_run(model, parameters: list, records: list, lr: float, padded) -> list[float]:
+    """Twenty steps as transformers' Trainer takes them: the mean over a batch's targets, clip, step, schedule."""
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     schedule = get_linear_schedule_with_warmup(optimizer, WARMUP, STEPS)
-    batches = [order[i : i + BATCH] for epoch in range(3) for order in [epoch_order(RECORDS, 0, epoch)] for i in range(0, RECORDS, BATCH)]
+    orders = [epoch_order(RECORDS, 0, epoch) for epoch in range(3)]
     losses = []
-    for batch in batches[:STEPS]:
+    for batch in [order[i : i + BATCH] for order in orders for i in range(0, RECORDS, BATCH)][:STEPS]:
         rows = [records[i] for i in batch]
         count = sum(len(r.ids) - r.split for r in rows)
         losses.append(0.0)
         for i in range(0, len(rows), MICRO):
-            part = rows[i : i + MICRO]
-            T = max(len(r.ids) for r in part)
-            pad = [T - len(r.ids) for r in part]
-            loss = model(input_ids=torch.tensor([[*r.ids, *[0] * n] for r, n in zip(part, pad)]),
-                         attention_mask=torch.tensor([[1] * len(r.ids) + [0] * n for r, n in zip(part, pad)]),
-                         labels=torch.tensor([[-100] * r.split + [*r.ids[r.split :]] + [-100] * n for r, n in zip(part, pad)]),
-                         num_items_in_batch=count).loss
+            loss = model(**padded(rows[i : i + MICRO]), num_items_in_batch=count).loss
             loss.backward()
             losses[-1] += loss.item()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -46,14 +40,16 @@ def their_run(model, parameters: list, records: list, lr: float) -> list[float]:
 
 @pytest.mark.parametrize("method, loss, lr", [("lora", "all", 5e-3), ("rora", "all", 5e-3), ("dora", "all", 5e-3),
                                               ("rora", "answer", 5e-3), ("prefix", "all", 3e-2)])
-def test_twenty_steps_give_the_losses_and_weights_of_a_peft_loop(method, loss, lr, make_base, records, tmp_path, deviation):
+def test_twenty_steps_give_the_losses_and_weights_of_a_peft_loop(method, loss, lr, make_base, records, padded, tmp_path,
+                                                                 deviation):
     folder, base = make_base()
     some = [task[i] for name, task in records.items() if name.startswith("train/") for i in range(7)][:RECORDS]
     (tmp_path / "records.json").write_text(json.dumps(some))
     size = ["--rank", "8"] if method == "prefix" else ["--rank", "8", "--alpha", "16", "--dropout", "0"]
-    command = ["--ckpt", str(folder), "--data", str(tmp_path / "records.json"), "--method", method, *size, "--loss", loss, "--lr", str(lr),
-               "--warmup", str(WARMUP), "--max-steps", str(STEPS), "--batch-size", str(BATCH), "--micro-batch-size", str(MICRO),
-               "--val-size", "0", "--device", "cpu", "--dtype", "fp32", "--checkpoint-blocks", "1"]
+    command = ["--ckpt", str(folder), "--data", str(tmp_path / "records.json"), "--method", method, *size, "--loss", loss,
+               "--lr", str(lr), "--warmup", str(WARMUP), "--max-steps", str(STEPS), "--batch-size", str(BATCH),
+               "--micro-batch-size", str(MICRO), "--val-size", "0", "--device", "cpu", "--dtype", "fp32",
+               "--checkpoint-blocks", "1"]
 
     model, encoded, _ = prepare(*resolve(build_parser().parse_args(command)))  # the start of the run below
     assert len(encoded) == RECORDS and len({len(r.ids) for r in encoded}) > 10
@@ -67,10 +63,11 @@ def test_twenty_steps_give_the_losses_and_weights_of_a_peft_loop(method, loss, l
     if method == "prefix":  # PEFT loads a prefix for use only
         theirs.prompt_encoder["default"].embedding.weight.requires_grad_()
     parameters = [p for p in theirs.parameters() if p.requires_grad]
-    losses = their_run(theirs, parameters, encoded, lr)
+    losses = their_run(theirs, parameters, encoded, lr, padded)
     assert losses[0] - losses[-1] > 0.1  # it did learn something
     case = f"{method}, loss on {loss}"
-    absolute, _ = deviation(f"{case}: losses of 20 steps", "PEFT + torch", torch.tensor([r["loss"] for r in rows]), torch.tensor(losses))
+    absolute, _ = deviation(f"{case}: losses of 20 steps", "PEFT + torch", torch.tensor([r["loss"] for r in rows]),
+                            torch.tensor(losses))
     assert absolute < 1e-5
     theirs.save_pretrained(tmp_path / "theirs")
     ours, theirs = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("run", "theirs"))

@@ -1,0 +1,35 @@
+# Each target sets up what it needs in a virtual environment of its own and says the commands it runs.
+PYTHON ?= python3
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+demo: .venv/run-time  ## train the embedded default with RoRA, score it, print the tables
+	.venv/bin/python rora.py --overwrite
+	.venv/bin/python eval.py runs/tiny-rora-r32-s0
+
+test: .venv/test  ## the default test suite
+	.venv/bin/python -m pytest
+
+crosscheck: .venv-crosscheck/ready  ## against transformers, PEFT and tiktoken
+	.venv-crosscheck/bin/python -m pytest -m crosscheck tests/crosscheck
+
+faults: .venv/test  ## kill it, fill its disk, feed it nonsense; count what survives
+	.venv/bin/python tests/faults.py
+
+.venv/run-time: requirements.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install -q -r requirements.txt
+	touch $@
+
+.venv/test: .venv/run-time
+	.venv/bin/pip install -q pytest==9.2.0
+	touch $@
+
+.venv-crosscheck/ready: tests/crosscheck/requirements.txt
+	$(PYTHON) -m venv .venv-crosscheck
+	.venv-crosscheck/bin/pip install -q -r tests/crosscheck/requirements.txt
+	touch $@
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/'
+
+.PHONY: demo test crosscheck faults help

@@ -1,0 +1,139 @@
+"""A whole small world on disk: a checkpoint folder in Hugging Face's format, a tokenizer, records, test sets, and main()."""
+
+import contextlib
+import io
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import sentencepiece
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import eval as judge  # noqa: E402
+import rora  # noqa: E402
+from data import format_prompt  # noqa: E402
+from llama import Llama, LlamaConfig, save_llama  # noqa: E402
+
+torch.set_num_threads(1)  # tensors this small are slower on two busy cores than on one
+
+SUBJECTS = ("cats", "dogs", "fish", "birds", "trees", "stones", "rivers", "clouds")
+VERBS = ("sing", "swim", "fly", "sleep", "fall", "grow")
+CONFIG = LlamaConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=48, vocab_size=320)
+
+
+def make_records(n: int) -> list[dict]:
+    records = []
+    for i in range(n):
+        answer = ("false", "true")[(i * i + i // 3) % 2]
+        question = f"Can {SUBJECTS[i % 8]} {VERBS[i // 8 % 6]}{' well' * (i % 3)}?"
+        records.append({"instruction": f"{question}\n\nAnswer format: true/false", "input": "",
+                        "output": f"the correct answer is {answer}", "answer": answer})
+    return records
+
+
+def make_tokenizer(records: list[dict], vocab_size: int = 320) -> bytes:
+    """A SentencePiece model as LLaMA's is made: BPE, byte fallback, nothing normalised."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([format_prompt(r) + r["output"] for r in records]), model_writer=model, vocab_size=vocab_size,
+        model_type="bpe", byte_fallback=True, normalization_rule_name="identity", hard_vocab_limit=False, minloglevel=2)
+    return model.getvalue()
+
+
+class World(NamedTuple):
+    base: Path   # a Hugging Face folder
+    data: Path   # records to train on
+    tests: Path  # boolq.json and piqa/test.json
+
+
+def make_world(folder: Path, n: int = 26) -> World:
+    world = World(folder / "base", folder / "train.json", folder / "tests")
+    records = make_records(n)
+    (world.tests / "piqa").mkdir(parents=True)
+    world.data.write_text(json.dumps(records))
+    (world.tests / "boolq.json").write_text(json.dumps(make_records(11)))
+    piqa = [r | {"instruction": r["instruction"][:-10] + "solution1/solution2", "answer": f"solution{1 + i % 2}"}
+            for i, r in enumerate(make_records(5))]
+    (world.tests / "piqa" / "test.json").write_text(json.dumps(piqa))
+    torch.manual_seed(1)
+    save_llama(Llama(CONFIG), world.base)
+    (world.base / "tokenizer.model").write_bytes(make_tokenizer(records))
+    return world
+
+
+def flags(world: World, out: Path | str, **changed) -> list[str]:
+    """A command line for rora.main: 12 steps in 2 epochs with dropout, micro-batches, validation and three saves."""
+    settings = {"ckpt": world.base, "data": world.data, "out": out, "rank": 4, "alpha": 8, "dropout": 0.1, "epochs": 2, "batch_size": 4,
+                "micro_batch_size": 3, "lr": 1e-2, "warmup": 2, "val_size": 4, "eval_every": 3, "save_every": 5, "device": "cpu"} | changed
+    return [str(word) for key, value in settings.items() if value is not None
+            for word in (f"--{key.replace('_', '-')}", *(value if isinstance(value, list) else [value]))]
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@contextlib.contextmanager
+def caught(fd: int):
+    """What is written to a file descriptor, by Python or by a library below it."""
+    stream = {1: sys.stdout, 2: sys.stderr}[fd]
+    stream.flush()
+    with tempfile.TemporaryFile() as file:
+        saved = os.dup(fd)
+        os.dup2(file.fileno(), fd)
+        text: list[str] = []
+        try:
+            with (contextlib.redirect_stdout if fd == 1 else contextlib.redirect_stderr)(open(fd, "w", encoding="utf-8", closefd=False)) as mine:
+                yield text
+                mine.flush()
+        finally:
+            os.dup2(saved, fd)
+            os.close(saved)
+            file.seek(0)
+            text.append(file.read().decode(errors="replace"))
+
+
+def run(*argv, program=rora) -> Result:
+    """program.main(argv) in this process, with all it says."""
+    with caught(1) as out, caught(2) as err:
+        code = program.main([str(word) for word in argv])
+    return Result(code, out[0], err[0])
+
+
+def score(*argv) -> Result:
+    return run(*argv, program=judge)
+
+
+def refused(result: Result, code: int, *said: str) -> None:
+    """A clean refusal: the right exit code, one line on stderr that says these things."""
+    lines = result.err.splitlines()
+    assert result.code == code and len(lines) == 1, result
+    for text in said:
+        assert text in lines[0], f"{text!r} is not in {lines[0]!r}"
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, to show that nothing was written."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def rows(run_folder: Path) -> list[dict]:
+    """metrics.jsonl without what differs from one run of a program to the next: wall-clock time and memory."""
+    clock = {"tok_per_s", "mem_gb", "seconds"}
+    return [{k: v for k, v in json.loads(line).items() if k not in clock} for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def outcome(run_folder: Path) -> dict:
+    """All that two equal runs share, byte for byte: adapters, optimizer, random numbers, metrics, position."""
+    state = {name: content for name, content in tree(run_folder).items() if name.endswith(".safetensors") and not name.startswith("eval")}
+    positions = {p.parent.name: {k: v for k, v in json.loads(p.read_text()).items() if k != "seconds"}
+                 for p in run_folder.glob("checkpoints/*/state.json")}
+    record = {k: v for k, v in json.loads((run_folder / "run.json").read_text()).items() if k != "seconds"}
+    return {"tensors": state, "positions": positions, "metrics": rows(run_folder), "record": record}

@@ -1,0 +1,164 @@
+"""What makes the embedded world an honest test: its questions, its facts, its corpus, its size."""
+
+import json
+import re
+import sys
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "tiny"
+sys.path[:0] = [str(ROOT), str(TINY)]
+
+import corpus
+import world
+from data import TASKS, format_prompt, load_tokenizer
+
+# The wording of the real records, as full matches; `opt(4)` stands for a list of options and what may be answered.
+def opt(label: str, n: int, gap: str = " ", end: str = "\n\n") -> str:
+    listed = gap.join(rf"{label.capitalize()}{i}: [^\n]+?" for i in range(1, n + 1))
+    return rf"{listed}{end}Answer format: {'/'.join(f'{label}{i}' for i in range(1, n + 1))}"
+
+
+CHOOSE = r"Please choose the correct answer to the question: [^\n]+\n\n"
+FORMATS = {
+    "boolq": r"Please answer the following question with true or false, question: [^\n]+\?\n\nAnswer format: true/false",
+    "piqa": r"Please choose the correct solution to the question: [^\n]+\n\n" + opt("solution", 2, gap="\n\n"),
+    "social_i_qa": CHOOSE + opt("answer", 3),
+    "hellaswag": r"Please choose the correct ending to complete the given sentence: [^\n:]+: [^\n]+\n\n" + opt("ending", 4),
+    "winogrande": r"Please choose the correct answer to fill in the blank to complete the given sentence: [^\n]*_[^\n]*\n\n"
+                  + opt("option", 2, end=" "),
+    "ARC-Easy": CHOOSE + f"({opt('answer', 3)}|{opt('answer', 4)}|{opt('answer', 5)})",
+    "ARC-Challenge": CHOOSE + f"({opt('answer', 3)}|{opt('answer', 4)}|{opt('answer', 5)})",
+    "openbookqa": CHOOSE + opt("answer", 4),
+}
+HOMES = {"test": "data", "strict": "strict", "val": "val"}
+FORBIDDEN = ["answer1", "answer2", "solution1", "option1", "ending1", "please", "choose", "correct", "true", "false",
+             "answer format", "below is", "instruction", "response", "complete the given", "fill in the blank"]
+
+
+def records(split: str, task: str) -> list[dict]:
+    return json.loads((TINY / HOMES[split] / task / "test.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def train() -> list[dict]:
+    return json.loads((TINY / "data/train.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def sentences() -> list[str]:
+    reader = corpus.Corpus(world.build_world(), seed=1)
+    mix = {kind: 1.0 for kind in reader.kinds}
+    return [d.replace("^", "") for d in islice(reader.documents(mix), 20_000)]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_records_have_the_wording_of_the_real_benchmark(task):
+    for split in HOMES:
+        for r in records(split, task):
+            assert list(r) == ["instruction", "input", "output", "answer"] and r["input"] == ""
+            assert re.fullmatch(FORMATS[task], r["instruction"]), r["instruction"]
+            assert re.fullmatch(TASKS[task], r["answer"]) and r["output"] == f"the correct answer is {r['answer']}"
+            assert r["answer"] in r["instruction"].split("Answer format: ")[1].split("/")
+
+
+def test_training_records_mix_all_eight_tasks_in_the_same_wording(train):
+    matched = Counter()
+    for r in train:
+        matched.update([next(task for task, pattern in FORMATS.items() if re.fullmatch(pattern, r["instruction"]))])
+    assert len(train) >= 1000 and sum(matched.values()) == len(train)
+    assert len(matched) >= 6  # openbookqa and both ARCs share one pattern
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_there_are_a_hundred_test_questions_a_task(task):
+    assert len(records("test", task)) >= 100
+
+
+def test_no_question_is_asked_twice_or_in_two_splits(train):
+    asked = [r["instruction"] for r in train]
+    for split in HOMES:
+        for task in TASKS:
+            asked += [r["instruction"] for r in records(split, task)]
+    # The three task folders share wordings, but never facts of one kind, so even across tasks no question repeats.
+    assert len(asked) == len(set(asked))
+
+
+def test_facts_behind_test_questions_are_in_no_fine_tuning_record():
+    w = world.build_world()
+    known = {split: {f for task in world.STEMS for q in world.questions(w, task, split, n) for f in q.facts}
+             for split, n in world.SIZES.items()}
+    assert not known["train"] & (known["test"] | known["strict"])
+    assert not known["val"] & (known["test"] | known["strict"])
+    rules = {f for f in known["test"] if f[0] in w.parent}  # a rule such as (gear, barber, razor) may serve both
+    assert not known["test"] & known["strict"] - rules
+
+
+def test_no_training_record_names_a_test_subject_together_with_its_value(train):
+    w = world.build_world()
+    texts = [set(re.findall("[A-Za-z]+", r["instruction"])) for r in train]
+    for relation, subjects in w.facts.items():
+        for subject, value in subjects.items():
+            if w.split[relation, subject] in ("test", "strict"):
+                pair = {*subject.split(), value}
+                assert not any(pair <= words for words in texts), (relation, subject, value)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_place_is_right_equally_often(task):
+    for split in HOMES:
+        rows = records(split, task)
+        for n in {len(re.findall("/", r["instruction"])) for r in rows}:  # questions with as many options
+            counts = Counter(r["answer"] for r in rows if len(re.findall("/", r["instruction"])) == n)
+            assert max(counts.values()) - min(counts.values()) <= 5 and len(counts) == n + 1
+
+
+def test_the_corpus_never_speaks_like_the_tasks(sentences):
+    text = "\n".join(sentences).lower()
+    assert not [phrase for phrase in FORBIDDEN if phrase in text]
+
+
+def test_the_corpus_never_asks_a_question_in_a_tasks_words(sentences):
+    text = "\n".join(sentences).lower()
+    w = world.build_world()
+    stems = {r["instruction"].split("\n\n")[0].split(": ", 1)[1].lower() for task in TASKS for r in records("test", task)}
+    assert w and not [stem for stem in stems if stem in text]
+
+
+def test_strict_facts_are_stated_and_never_asked():
+    reader = corpus.Corpus(world.build_world(), seed=2)
+    strict = {(r, s) for (r, s), split in reader.world.split.items() if split == "strict"}
+    for _ in range(3000):
+        _, relation, subject, _ = reader.question()
+        assert (relation, subject) not in strict
+    assert not {(r, s) for r, subjects in reader.asked.items() for s in subjects} & strict
+
+
+def test_the_script_makes_the_committed_data_again(tmp_path):
+    world.write_data(tmp_path)
+    made = sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*.json"))
+    assert len(made) == 1 + 3 * len(TASKS)
+    for name in made:
+        assert (tmp_path / name).read_bytes() == (TINY / name).read_bytes(), name
+
+
+def test_the_checkpoint_is_small():
+    files = [TINY / name for name in ("config.json", "model.safetensors", "tokenizer.model")]
+    files += [p for home in HOMES.values() for p in (TINY / home).rglob("*.json")]
+    assert sum(f.stat().st_size for f in files) <= 8e6
+    header = (TINY / "model.safetensors").read_bytes()
+    tensors = json.loads(header[8 : 8 + int.from_bytes(header[:8], "little")])
+    sizes = [t["shape"] for name, t in tensors.items() if name != "__metadata__"]
+    assert sum(s[0] * (s[1] if len(s) > 1 else 1) for s in sizes) <= 4_000_000
+
+
+def test_every_name_is_one_token_and_no_record_is_long(train):
+    tokenizer = load_tokenizer(TINY)
+    names = corpus.Corpus(world.build_world(), 0).words
+    long = [n for n in names if " " not in n and len(tokenizer.encode(n, bos=False, eos=False)) > 1]
+    assert not long
+    assert max(len(tokenizer.encode(format_prompt(r) + r["output"], bos=True, eos=True)) for r in train) <= 128
