@@ -157,9 +157,11 @@ class TensorFiles:
             return file.get_tensor(stored).to(dtype or self.dtypes[name])
 
     def fingerprint(self) -> str:
-        """sha256 over config.json and each weight file's name, size and safetensors header: quick, and tells apart
+        """sha256 over config.json, the tokenizer, and each weight file's name, size and safetensors header: quick, and tells apart
         any two checkpoints that differ in shape, precision or layout."""
         digest = hashlib.sha256((self.folder / "config.json").read_bytes())
+        if (self.folder / "tokenizer.model").is_file():
+            digest.update((self.folder / "tokenizer.model").read_bytes())
         for path in self.files:
             digest.update(f"{path.name} {path.stat().st_size}\n".encode())
             if path.suffix == ".safetensors":

@@ -153,12 +153,14 @@ def load_tokenizer(path: str | Path) -> SentencePieceTokenizer | Llama3Tokenizer
         model = path.read_bytes()
     except OSError as e:
         raise DataError(f"{path}: {e.strerror}; a checkpoint folder needs its tokenizer.model") from None
+    if not model:  # SentencePiece would take it for a vocabulary of 0 words
+        raise DataError(f"{path}: is empty; download it again")
     try:  # Llama-3's file is lines of text, SentencePiece's begins with a byte that no base64 has
         tokenizer = (Llama3Tokenizer if re.match(rb"[A-Za-z0-9+/=]+ \d+\r?\n", model) else SentencePieceTokenizer)(model)
     except ValueError as e:
         raise DataError(f"{path}: {e}") from None
     except RuntimeError:
-        raise DataError(f"{path}: neither a SentencePiece model nor Llama-3's ranks") from None
+        raise DataError(f"{path}: neither a SentencePiece model nor Llama-3's ranks; download it again") from None
     if min(tokenizer.bos, tokenizer.eos) < 0:
         raise DataError(f"{path}: has no begin or no end token")
     return tokenizer
@@ -219,7 +221,7 @@ def load_examples(path: str | Path, task: str | None = None) -> list[dict]:
     """
     path = Path(path)
     try:
-        examples = json.loads(path.read_bytes().decode("utf-8-sig"))
+        examples = json.loads(path.read_bytes().decode().removeprefix("\ufeff"))  # "utf-8-sig" would count bytes from behind the BOM
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; ./weights_download.sh data fetches the paper's records") from None
     except OSError as e:

@@ -16,15 +16,14 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 import runs
-from checkpoints import CheckpointError, TensorFiles, adapter_file
+from checkpoints import TensorFiles, adapter_file
 from data import TASKS, DataError, extract_answer, find_test_file, format_prompt, load_examples, offered_answers
+from flags import (CHECKPOINTS, DTYPES, PAPER, FlagError, Parser, at_least, exit_code, find_checkpoint, find_device, find_dtype)
 from llama import Llama, generate
-from rora import (CHECKPOINTS, DTYPES, PAPER, FlagError, Parser, at_least, exit_code, find_adapter, find_checkpoint, find_device,
-                  find_dtype, find_tokenizer, load_adapter, load_base, merge, read_run)
+from rora import find_adapter, find_tokenizer, load_adapter, load_base, merge, read_run
 
 MAX_NEW_TOKENS = 32  # as in the paper's scripts
 DECODE = f"greedy, {MAX_NEW_TOKENS} new tokens"
@@ -115,7 +114,7 @@ def run_table(folders: list[Path]) -> str:
         cells = [f"{results['tasks'][t]['accuracy']:.1f}" if t in results["tasks"] else "–" for t in TASKS]
         mean = "–" if results["mean"] is None else f"{results['mean']:.1f}"
         n = sum(r["n"] for r in results["tasks"].values())
-        lines.append("| " + " | ".join([folder.name, method, str(s.get("rank", "–")), str(s.get("seed", "–")), str(n), *cells, mean]) + " |")
+        lines.append("| " + " | ".join([folder.name, method, *(str(s.get(k, "–")) for k in ("rank", "seed")), str(n), *cells, mean]) + " |")
     if len(lines) == 2:
         raise FlagError("none of these folders has been scored; python eval.py RUN does that")
     return "\n".join(lines)
@@ -125,8 +124,9 @@ def show_answers(task: str, examples: list[dict], right: bool) -> str | None:
     """One question with the model's answer, on a few short lines."""
     for e in examples:
         if (extract_answer(task, e["prompt"] + e["generation"]) == e["answer"]) == right:
-            return f"{task}, {'right' if right else 'wrong'}:\n    {e['instruction'].replace(chr(10) * 2, chr(10)).replace(chr(10), chr(10) + '    ')}\n" \
-                   f"    -> {e['generation'].strip()!r}" + ("" if right else f", expected {e['answer']}")
+            lines = [f"{task}, {'right' if right else 'wrong'}:", *filter(None, e["instruction"].split("\n")),
+                     f"-> {e['generation'].strip()!r}" + ("" if right else f", expected {e['answer']}")]
+            return "\n    ".join(lines)
     return None
 
 
@@ -189,13 +189,14 @@ def score(args: argparse.Namespace) -> int:
         except ValueError:
             pass
     model.eval()
+    batch_size = args.batch_size or (256 if device.type == "cuda" else 64)
     results = {"mean": None, "tasks": {}, **identity, "merged": merged, "limit": args.limit}
     with runs.lock(out), runs.stop_signals() as stop:
         check_same(out, identity)
         try:
             for task, examples in tests.items():
                 file = out / f"{task}.jsonl"
-                answer_questions(model, tokenizer, task, examples, file, args.batch_size or (256 if device.type == "cuda" else 64), style, stop)
+                answer_questions(model, tokenizer, task, examples, file, batch_size, style, stop)
                 said = read_generations(file)
                 for i, e in enumerate(examples):
                     e |= {"prompt": format_prompt(e, style), "generation": said[i]}
@@ -204,7 +205,7 @@ def score(args: argparse.Namespace) -> int:
                     results["mean"] = sum(r["accuracy"] for r in results["tasks"].values()) / len(TASKS)
                 runs.write_json(out / "results.json", results)
         except runs.Stopped as e:
-            print(f"stopped; finished answers are kept; to go on: the same command again")
+            print("stopped; finished answers are kept; to go on: the same command again")
             return e.code
         table = task_table(results)
         title = f"{folder or ckpt + ' (base model)'}: {DECODE}, {style} prompt, {dtype}, {'merged' if merged else 'not merged'}"

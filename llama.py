@@ -69,16 +69,18 @@ class LlamaConfig:
         def bad(what: str) -> CheckpointError:
             return CheckpointError(f"{path}: {what}")
 
-        def number(key: str, kind: type, default=None):
+        def number(key: str, kind: type, default=None, most: float = 1e7):
             value = hf.get(key, default)
             if value is None:
                 value = default
             if value is None:
                 raise bad(f'no "{key}"')
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or kind is int and value != int(value):
-                raise bad(f'"{key}" is {value!r}, expected {"a whole number" if kind is int else "a number"}')
-            if not 0 < value < 1e9:
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise bad(f'"{key}" is {value!r}, expected a number')
+            if not 0 < value <= most:  # as NaN and infinity, which Python reads in JSON, are too
                 raise bad(f'"{key}" is {value!r}, out of range')
+            if kind is int and value != int(value):
+                raise bad(f'"{key}" is {value!r}, expected a whole number')
             return kind(value)
 
         rope = hf.get("rope_parameters") or {}  # transformers 5 gathers what 4 kept in rope_theta and rope_scaling
@@ -103,9 +105,9 @@ class LlamaConfig:
         if n_heads % n_kv_heads or (dim // n_heads) % 2:
             raise bad(f"{n_heads} heads of width {dim // n_heads} in groups of {n_kv_heads}: heads must be a multiple of "
                       "key/value heads, and their width even")
-        return cls(dim, number("num_hidden_layers", int), n_heads, n_kv_heads, number("intermediate_size", int),
-                   number("vocab_size", int), number("rms_norm_eps", float, 1e-6),
-                   number("rope_theta", float, rope.get("rope_theta", 10000.0)),
+        return cls(dim, number("num_hidden_layers", int, most=1000), n_heads, n_kv_heads, number("intermediate_size", int),
+                   number("vocab_size", int), number("rms_norm_eps", float, 1e-6, most=0.1),
+                   number("rope_theta", float, rope.get("rope_theta", 10000.0), most=1e12),
                    number("max_position_embeddings", int, 2048), bool(hf.get("tie_word_embeddings")),
                    *(_first_id(hf.get(key), default) for key, default in [("bos_token_id", 1), ("eos_token_id", 2)]))
 
@@ -367,22 +369,30 @@ def generate(model: Llama, prompts: list[list[int]], max_new: int, eos: int) -> 
     return [row[: row.index(eos)] if eos in row else row for row in out.tolist()]
 
 
+def open_llama(folder: str | Path) -> tuple[Llama, TensorFiles, dict[str, tuple[int, ...]]]:
+    """(the model on the meta device, its files, the tensors to read from them). Reads headers alone.
+
+    Raises CheckpointError when config, names or shapes do not fit.
+    """
+    cfg = LlamaConfig.from_json(Path(folder) / "config.json")
+    with torch.device("meta"):
+        model = Llama(cfg)
+    files = TensorFiles(folder)
+    want = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+    if cfg.tie_embeddings and "lm_head.weight" not in files.shapes:
+        del want["lm_head.weight"]
+    files.require(want)
+    return model, files, want
+
+
 def load_llama(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = torch.bfloat16) -> Llama:
     """A model from a Hugging Face folder: config.json and *.safetensors or pytorch_model*.bin.
 
     Built on the meta device and filled one tensor at a time, so that host memory holds about one tensor. dtype None
     keeps the dtype on disk. Raises CheckpointError, before anything is read, when names or shapes do not fit.
     """
-    folder = Path(folder)
-    cfg = LlamaConfig.from_json(folder / "config.json")
-    with torch.device("meta"):
-        model = Llama(cfg)
-    files = TensorFiles(folder)
-    want = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-    tied = cfg.tie_embeddings and "lm_head.weight" not in files.shapes
-    if tied:
-        del want["lm_head.weight"]
-    files.require(want)
+    model, files, want = open_llama(folder)
+    cfg = model.cfg
     state = {name: files.read(name, device, dtype) for name in want}
     if cfg.tie_embeddings:
         state["lm_head.weight"] = state["embed_tokens.weight"]

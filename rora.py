@@ -22,7 +22,6 @@ Letters as in llama.py, and I, O: a linear layer's input and output width; r: th
 import argparse
 import json
 import math
-import os
 import platform
 import resource
 import shutil
@@ -37,7 +36,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -48,9 +46,9 @@ from baselines import ParallelAdapter, PrefixAttention, SeriesAdapter
 from checkpoints import AdapterSettings, CheckpointError, TensorFiles, adapter_file, read_adapter, some, write_adapter
 from data import (IGNORE, Batch, DataError, Record, collate, encode_records, epoch_order, load_examples, load_tokenizer,
                   split_validation)
+from flags import (CHECKPOINTS, DTYPES, HERE, MAY_CHANGE, FlagError, NonFiniteError, NothingLearned, Settings, exit_code, find_checkpoint,
+                   find_device, resolve, training_parser)
 from llama import Llama, LlamaConfig, load_llama, save_llama
-
-HERE = Path(__file__).resolve().parent
 
 # --- the method ------------------------------------------------------------------------------------
 
@@ -281,11 +279,15 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
     Raises ValueError for a model without adapters and for NaN or infinity in them: neither is worth a file.
     """
     settings, tensors = adapter_settings(model), trainable(model)
-    for name, p in tensors.items():
-        if not torch.isfinite(p).all():
-            raise ValueError(f"{name} holds NaN or infinity; nothing was saved")
+    check_finite(tensors)
     with runs.replaced_files(Path(folder)) as temporary:
         write_adapter(temporary, settings, tensors)
+
+
+def check_finite(tensors: dict[str, Tensor]) -> None:
+    for name, p in tensors.items():
+        if not torch.isfinite(p).all():
+            raise NonFiniteError(f"{name} holds NaN or infinity; nothing was saved")
 
 
 def load_adapter(model: Llama, folder: str | Path) -> AdapterSettings:
@@ -332,10 +334,6 @@ def merge(model: Llama) -> None:
 # --- the loop --------------------------------------------------------------------------------------
 
 LOGIT_BYTES = 1 << 28  # fp32 logits held at once: 2,048 tokens of a vocabulary of 32,000
-
-
-class NonFiniteError(ArithmeticError):
-    """The loss or a gradient is NaN or infinite. Raised before it reaches a weight."""
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
@@ -401,7 +399,7 @@ def new_optimizer(model: nn.Module, lr: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW(trainable(model).values(), lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=True)
 
 
-def train(model: Llama, records: list[Record], held_out: list[Record], s: "Settings", run: Path,
+def train(model: Llama, records: list[Record], held_out: list[Record], s: Settings, run: Path,
           resume: Path | None = None) -> dict:
     """The whole run, into the folder `run`; from the checkpoint `resume` where one is given. Returns the final state.
 
@@ -410,7 +408,7 @@ def train(model: Llama, records: list[Record], held_out: list[Record], s: "Setti
     params, optimizer = trainable(model), new_optimizer(model, s.lr)
     per_epoch = math.ceil(len(records) / s.batch_size)
     steps = s.max_steps or s.epochs * per_epoch
-    blocks = {"none": 0, "all": model.cfg.n_layers}.get(s.checkpoint_blocks) if isinstance(s.checkpoint_blocks, str) else s.checkpoint_blocks
+    blocks = {"none": 0, "all": model.cfg.n_layers}.get(s.checkpoint_blocks, s.checkpoint_blocks)
     state = {"step": 0, "steps": steps, "best_step": None, "best_loss": None, "seconds": 0.0}
     if resume:
         state = load_state(resume, params, optimizer)
@@ -418,6 +416,7 @@ def train(model: Llama, records: list[Record], held_out: list[Record], s: "Setti
     start = time.perf_counter() - state["seconds"]
     model.train()
     bar = tqdm(total=steps, initial=state["step"], desc="train", unit="step", disable=None)
+    lora_B = [p for name, p in params.items() if name.endswith("lora_B")]
 
     def save() -> None:
         metrics.sync()
@@ -440,8 +439,9 @@ def train(model: Llama, records: list[Record], held_out: list[Record], s: "Setti
             except NonFiniteError as e:
                 raise NonFiniteError(f"step {step + 1}: {e}, in records {', '.join(str(r.number) for r in batch)} of {s.data}; "
                                      f"the weights are untouched. A smaller --lr or --alpha, or --dtype fp32, may help") from None
-            if step == 0 and (idle := [n for n, p in params.items() if n.endswith("lora_B") and not p.grad.any()]):
-                raise RuntimeError(f"no gradient reached {some(idle)}: the adapter there is not in the model's path")
+            if step == 0 and (idle := [n for n, p in params.items() if n.endswith("lora_B") and (p.grad is None or not p.grad.any())]):
+                raise NothingLearned(f"no gradient reached {some(idle)}: the adapter there is not in the model's path; other --targets "
+                                     "may be")
             optimizer.zero_grad()
             seconds = time.perf_counter() - began
             tokens = sum(len(r.ids) for r in batch)
@@ -451,29 +451,39 @@ def train(model: Llama, records: list[Record], held_out: list[Record], s: "Setti
                           seconds=round(time.perf_counter() - start, 3))
             bar.update()
             bar.set_postfix_str(f"loss {loss:.3f}, {tokens / seconds:,.0f} tok/s", refresh=False)
-            last = step + 1 == steps
+            last, stopping = step + 1 == steps, bool(stop)  # asked once: a signal that comes later is the next step's
+            still_zero = steps > 1 and bool(lora_B) and not any(p.any() for p in lora_B)  # as after step 1, whose lr is 0
+            if last and still_zero:
+                raise NothingLearned(f"the adapter is still zero after {steps} steps; a larger --lr may help")
             if bar.disable and (last or step % max(1, steps // 10) == 0):  # a log or a pipe: a few lines, no bar
                 print(f"step {step + 1}/{steps}  loss {loss:.3f}  lr {lr:.2e}  {tokens / seconds:,.0f} tok/s", flush=True)
             if held_out and ((step + 1) % s.eval_every == 0 or last):
                 refresh()
                 value = validation_loss(model, held_out, s.micro_batch_size)
+                if not math.isfinite(value):
+                    raise NonFiniteError(f"step {step + 1}: validation loss {value}; this step was not saved. A smaller --lr or --alpha, "
+                                         "or --dtype fp32, may help")
                 metrics.write(step=step + 1, val_loss=value)
-                if state["best_loss"] is None or value < state["best_loss"]:
+                if (state["best_loss"] is None or value < state["best_loss"]) and not (steps > 1 and all_zero(params)):
                     state |= {"best_loss": value, "best_step": step + 1}
                     save_adapter(model, run)
             if last and not held_out:
                 state["best_step"] = steps
                 save_adapter(model, run)
-            if last or stop or (step + 1) % s.save_every == 0:
+            if last or stopping or (step + 1) % s.save_every == 0:
                 save()
-            if stop and not last:
+            if stopping and not last:
                 bar.close()
                 raise runs.Stopped(stop[0])
     bar.close()
     metrics.close()
-    if steps >= 2 and all(not p.any() for n, p in params.items() if n.endswith("lora_B")) and any("lora_B" in n for n in params):
-        raise RuntimeError("the adapter is still zero after training: nothing was learned")
     return state
+
+
+def all_zero(params: dict[str, nn.Parameter]) -> bool:
+    """Whether the adapter still does nothing: every lora_B is zero, as after step 1, whose lr is 0."""
+    lora_B = [p for name, p in params.items() if name.endswith("lora_B")]
+    return bool(lora_B) and not any(p.any() for p in lora_B)
 
 
 def peak_memory(model: nn.Module) -> int:
@@ -485,6 +495,7 @@ def peak_memory(model: nn.Module) -> int:
 
 def save_state(folder: Path, model: nn.Module, params: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, state: dict) -> None:
     """All that the rest of the run depends on: adapter, AdamW's moments, random numbers, position."""
+    check_finite(params)
     write_adapter(folder, adapter_settings(model), params)
     tensors = {"rng": torch.get_rng_state()}
     if torch.cuda.is_available():
@@ -510,98 +521,6 @@ def load_state(folder: Path, params: dict[str, nn.Parameter], optimizer: torch.o
 
 
 # --- what to run -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """What a base model decides. lr is DoRA's scripts' for the paper's models."""
-
-    lr: float = 2e-4
-    warmup: int = 100
-    alpha: float = 64
-    epochs: int = 3
-    val_size: int = 120
-    data: str = "data/commonsense_170k.json"
-    tests: str = "data"  # folder of <task>/test.json
-    cuda_dtype: str = "bf16"
-    cpu_dtype: str = "fp32"
-
-
-PAPER = Checkpoint()  # also for folders that have no row
-CHECKPOINTS = {
-    "tiny": Checkpoint(lr=2e-3, warmup=10, alpha=16, epochs=2, val_size=40, data=str(HERE / "tiny/data/train.json"),
-                       tests=str(HERE / "tiny/data"), cuda_dtype="fp32"),
-    "llama-7b": PAPER,
-    "llama-13b": PAPER,
-    "llama2-7b": PAPER,
-    "llama3-8b": Checkpoint(lr=1e-4),
-    "sheared-llama-1.3b": PAPER,
-}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Everything a run depends on, as run.json keeps it. Two runs of equal settings are equal."""
-
-    ckpt: str
-    data: str
-    method: str
-    scale: str | None
-    rank: int
-    alpha: float | None
-    dropout: float
-    targets: tuple[str, ...]
-    loss: str
-    prompt: str
-    max_len: int
-    epochs: int
-    max_steps: int | None
-    batch_size: int
-    lr: float
-    warmup: int
-    val_size: int
-    eval_every: int
-    save_every: int
-    seed: int
-    dtype: str
-    micro_batch_size: int        # these two change memory and time, not the result beyond rounding
-    checkpoint_blocks: int | str
-
-
-MAY_CHANGE = {"micro_batch_size", "checkpoint_blocks"}
-
-
-class FlagError(ValueError):
-    """A command line that cannot be obeyed."""
-
-
-def find_checkpoint(name: str) -> Path:
-    """`tiny` (beside this file), a folder, or a name under checkpoints/."""
-    for folder in [HERE / "tiny"] if name == "tiny" else [Path(name), Path("checkpoints") / name]:
-        if folder.is_dir():
-            return folder
-    hint = f"./weights_download.sh {name} fetches it" if name in CHECKPOINTS else f"known names: {', '.join(CHECKPOINTS)}"
-    raise CheckpointError(f"no checkpoint folder {name} or checkpoints/{name}; {hint}")
-
-
-def find_device(name: str | None) -> torch.device:
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as e:
-        raise FlagError(f"--device {name}: {str(e).splitlines()[0]}") from None
-    return device
-
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
-
-def find_dtype(name: str | None, ckpt: str, device: torch.device) -> str:
-    row = CHECKPOINTS.get(ckpt, PAPER)
-    name = name or (row.cuda_dtype if device.type == "cuda" else row.cpu_dtype)
-    if name == "bf16" and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8:
-        raise FlagError(f"{torch.cuda.get_device_name(device)} has no bf16 arithmetic; use --dtype fp32")
-    return name
 
 
 def load_base(ckpt: str, device: torch.device, dtype: torch.dtype | None) -> Llama:
@@ -639,108 +558,6 @@ def start_line(model: Llama, method: str) -> str:
 
 
 # --- command line ----------------------------------------------------------------------------------
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise FlagError(message)
-
-
-def at_least(least: float, kind: type = int, below: float = math.inf) -> Callable[[str], float]:
-    """An argparse type: a finite number in [least, below)."""
-    def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not least <= value < below:
-            bound = "" if below == math.inf else f" and below {below:g}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not a{' whole' if kind is int else ''} number of at least {least:g}{bound}")
-        return value
-    return parse
-
-
-def positive(text: str) -> float:
-    return at_least(math.nextafter(0, 1), float)(text)
-
-
-def blocks(text: str) -> int | str:
-    return text if text in ("auto", "all", "none") else at_least(0)(text)
-
-
-def build_parser() -> Parser:
-    parser = Parser(prog="rora.py", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__.split("\n\n")[0],
-                    epilog="exit codes: 0 done, 1 memory or disk, 2 flags or output folder, 3 data or checkpoint, 4 loss not finite, "
-                           "130/143 stopped and saved")
-    g = parser.add_argument_group("what to train")
-    g.add_argument("--ckpt", metavar="NAME", help=f"{', '.join(CHECKPOINTS)}, or a Hugging Face folder (default: tiny)")
-    g.add_argument("--method", choices=METHODS, help="default: rora")
-    g.add_argument("--scale", choices=SCALES, help="linear: α/r, i.e. lora; sqrt: α/√r, i.e. rora; either, with --method dora")
-    g.add_argument("--rank", type=at_least(1), metavar="N", help="rank (default 32); width of series, parallel (256); tokens of prefix (30)")
-    g.add_argument("--alpha", type=positive, metavar="X", help="numerator of the scale (default 64; tiny 16)")
-    g.add_argument("--dropout", type=at_least(0, float, 1), metavar="P", help="on the adapter's input (default 0.05; 0 for series, parallel)")
-    g.add_argument("--targets", nargs="+", metavar="NAME", help="layers to adapt (default: q_proj k_proj v_proj up_proj down_proj)")
-    g = parser.add_argument_group("on what")
-    g.add_argument("--data", metavar="FILE", help=f"records as in commonsense_170k.json (default: {PAPER.data}; tiny: its own)")
-    g.add_argument("--loss", choices=["all", "answer"], help="tokens that are learned (default: all, the paper's protocol)")
-    g.add_argument("--prompt", choices=["clean", "dora"], help="dora: the bytes of DoRA's scripts (default: clean)")
-    g.add_argument("--max-len", type=at_least(8), metavar="N", help="tokens a record, BOS and EOS included (default 256)")
-    g.add_argument("--val-size", type=at_least(0), metavar="N", help="records held out to choose the best adapter (default 120; tiny 40)")
-    g = parser.add_argument_group("how long, how fast")
-    g.add_argument("--epochs", type=at_least(1), metavar="N", help="default 3; tiny 2")
-    g.add_argument("--max-steps", type=at_least(1), metavar="N", help="optimizer steps, in place of --epochs")
-    g.add_argument("--batch-size", type=at_least(1), metavar="N", help="records an optimizer step (default 16)")
-    g.add_argument("--micro-batch-size", type=at_least(1), metavar="N", help="records in memory at once (default: the batch)")
-    g.add_argument("--lr", type=positive, metavar="X", help="peak of AdamW's learning rate (default 2e-4; llama3-8b 1e-4; tiny 2e-3; "
-                   "series, parallel 3e-4; prefix 3e-2)")
-    g.add_argument("--warmup", type=at_least(0), metavar="N", help="steps of linear warm-up (default 100; tiny 10)")
-    g.add_argument("--seed", type=at_least(0, below=2**63), metavar="N", help="of initialisation, order and dropout (default 0)")
-    g.add_argument("--device", metavar="NAME", help="cuda, cpu, mps (default: cuda if there is one)")
-    g.add_argument("--dtype", choices=DTYPES, help="of the base model (default: bf16 on cuda, fp32 on cpu)")
-    g.add_argument("--checkpoint-blocks", type=blocks, metavar="K", help="blocks recomputed to save memory: all, none or a number "
-                   "(default: none)")
-    g = parser.add_argument_group("where to")
-    g.add_argument("--out", metavar="DIR", help="default: runs/<ckpt>-<method>-r<rank>-s<seed>")
-    g.add_argument("--overwrite", action="store_true", default=None, help="delete an existing run in that folder first")
-    g.add_argument("--eval-every", type=at_least(1), metavar="N", help="steps between validations (default 80)")
-    g.add_argument("--save-every", type=at_least(1), metavar="N", help="steps between checkpoints (default 800)")
-    g = parser.add_argument_group("instead of a new run")
-    g.add_argument("--resume", metavar="RUN", help="go on from the newest intact checkpoint")
-    g.add_argument("--merge", metavar="RUN", help="write base + adapter as one plain checkpoint into --out")
-    g.add_argument("--export-scale", choices=["plain"], help="with --merge: write the adapter alone, its scale as alpha/r (for tools "
-                   "that ignore use_rslora)")
-    g.add_argument("--trace", metavar="FILE", help="write one fixed batch's activations, loss and gradients, to compare with")
-    return parser
-
-
-def resolve(args: argparse.Namespace) -> tuple[Settings, torch.device]:
-    """Fill in what the flags left open: from the checkpoint's row, the method's row, then the protocol."""
-    method = args.method or {"linear": "lora", "sqrt": "rora", None: "rora"}[args.scale]
-    named = METHODS[method]
-    scaled = issubclass(named.layer, LoRALinear)
-    if args.scale and method != "dora" and args.scale != named.layer.scale:
-        raise FlagError(f"--scale {args.scale} does not go with --method {method}" + (
-            f"; --method {'lora' if args.scale == 'linear' else 'rora'} is that" if scaled else ""))
-    for flag in ("alpha",) * (not scaled) + ("dropout", "targets") * (method == "prefix"):
-        if getattr(args, flag) is not None:
-            raise FlagError(f"--{flag} has no effect with --method {method}")
-    if args.epochs and args.max_steps:
-        raise FlagError("--max-steps replaces --epochs: give one of them")
-    ckpt = args.ckpt or "tiny"
-    row, device = CHECKPOINTS.get(ckpt, PAPER), find_device(args.device)
-    given = lambda flag, default: default if getattr(args, flag) is None else getattr(args, flag)
-    batch_size = given("batch_size", 16)
-    settings = Settings(
-        ckpt=ckpt, data=given("data", row.data), method=method, scale=(args.scale or named.layer.scale) if scaled else None,
-        rank=given("rank", named.size), alpha=given("alpha", row.alpha) if scaled else None,
-        dropout=given("dropout", named.dropout), targets=tuple(given("targets", named.layer.targets)),
-        loss=given("loss", "all"), prompt=given("prompt", "clean"), max_len=given("max_len", 256),
-        epochs=given("epochs", row.epochs), max_steps=args.max_steps, batch_size=batch_size,
-        lr=given("lr", named.lr or row.lr), warmup=given("warmup", row.warmup), val_size=given("val_size", row.val_size),
-        eval_every=given("eval_every", 80), save_every=given("save_every", 800), seed=given("seed", 0),
-        dtype=find_dtype(args.dtype, ckpt, device), micro_batch_size=min(batch_size, given("micro_batch_size", batch_size)),
-        checkpoint_blocks=given("checkpoint_blocks", "none"))
-    return settings, device
 
 
 def prepare(s: Settings, device: torch.device) -> tuple[Llama, list[Record], list[Record]]:
@@ -785,7 +602,7 @@ def facts(s: Settings, model: Llama) -> dict:
 
 def start(args: argparse.Namespace) -> int:
     """Train from the beginning."""
-    s, device = resolve(args)
+    s, device = resolve(args, METHODS)
     run = Path(args.out or f"runs/{Path(s.ckpt).name}-{label(s)}-r{s.rank}-s{s.seed}")
     runs.check_writable(run)
     if run.exists() and any(run.iterdir() if run.is_dir() else [run]):
@@ -846,11 +663,14 @@ def read_run(run: Path) -> dict:
         raise runs.RunError(f"{run}/run.json is damaged or from another version") from None
 
 
-def fit(model: Llama, records: list[Record], held_out: list[Record], s: Settings, run: Path, record: dict, newest: Path | None = None) -> int:
+def fit(model: Llama, records: list[Record], held_out: list[Record], s: Settings, run: Path, record: dict,
+        newest: Path | None = None) -> int:
+    """Say what will be done, do it, say what came of it."""
     steps = s.max_steps or s.epochs * math.ceil(len(records) / s.batch_size)
     print(start_line(model, label(s)))
-    print(f"{s.ckpt} · {len(records):,} records, {len(held_out)} held out · {steps:,} steps of {s.batch_size} · lr {s.lr:g}, warm-up {s.warmup} · "
-          f"loss on {'all tokens' if s.loss == 'all' else 'the answer'} · {s.prompt} prompt · {s.dtype} on {model.lm_head.weight.device}", flush=True)
+    print(f"{s.ckpt} · {len(records):,} records, {len(held_out)} held out · {steps:,} steps of {s.batch_size} · lr {s.lr:g}, "
+          f"warm-up {s.warmup} · loss on {'all tokens' if s.loss == 'all' else 'the answer'} · {s.prompt} prompt · "
+          f"{s.dtype} on {model.lm_head.weight.device}", flush=True)
     if s.warmup >= steps:
         print(f"note: the warm-up of {s.warmup} steps is not over after {steps}: lr never reaches {s.lr:g}; see --warmup")
     try:
@@ -898,7 +718,8 @@ def merge_files(args: argparse.Namespace) -> int:
             raise FlagError(f"{settings.method} has no scale to export")
         with runs.new_folder(out) as temporary:
             write_adapter(temporary, settings, tensors, plain_scale=True)
-        print(f"saved {out}: the adapter with lora_alpha = {SCALES[settings.scale](settings.alpha, settings.size) * settings.size:g}, use_rslora false")
+        alpha = SCALES[settings.scale](settings.alpha, settings.size) * settings.size
+        print(f"saved {out}: the adapter with lora_alpha {alpha:g} and use_rslora false")
         return 0
     settings = read_adapter(folder)[0]
     if not hasattr(METHODS[settings.method].layer, "merged_weight"):
@@ -919,7 +740,7 @@ def merge_files(args: argparse.Namespace) -> int:
 
 def trace(args: argparse.Namespace) -> int:
     """One fixed batch through model and adapters: what another implementation must reproduce. Names in the README."""
-    s, device = resolve(args)
+    s, device = resolve(args, METHODS)
     out = Path(args.trace)
     runs.check_writable(out.parent)
     find_tokenizer(s.ckpt)
@@ -952,38 +773,10 @@ def trace(args: argparse.Namespace) -> int:
     return 0
 
 
-def exit_code(work: Callable[[], int], program: str) -> int:
-    """Run `work`; foreseeable failures become one line on stderr and the exit code that README lists."""
-    def fail(code: int, message: str) -> int:
-        print(f"{program}: {' '.join(str(message).split())}", file=sys.stderr)
-        return code
-
-    try:
-        return work()
-    except SystemExit as e:  # argparse, after --help
-        return e.code if isinstance(e.code, int) else 0 if e.code is None else fail(2, e.code)
-    except (FlagError, runs.RunError) as e:
-        return fail(2, e)
-    except (DataError, CheckpointError) as e:
-        return fail(3, e)
-    except NonFiniteError as e:
-        return fail(4, e)
-    except KeyboardInterrupt:
-        return fail(130, "interrupted")
-    except (MemoryError, torch.OutOfMemoryError) as e:
-        return fail(1, f"out of memory ({str(e).splitlines()[0] if str(e) else 'host'}); try a smaller --micro-batch-size, "
-                       "--checkpoint-blocks all, or a smaller --rank; checkpoints are intact")
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except (OSError, SafetensorError) as e:
-        return fail(1, f"{e}; what was saved before is intact")
-
-
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code; see README. Never raises SystemExit."""
     def work() -> int:
-        args = build_parser().parse_args(argv)
+        args = training_parser(METHODS, SCALES).parse_args(argv)
         given = {name for name, value in vars(args).items() if value is not None}
         training = {f.name for f in fields(Settings)} | {"device"}
         modes = {"resume": (resume, training), "merge": (merge_files, {"out", "export_scale", "ckpt"}),

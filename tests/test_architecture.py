@@ -10,8 +10,9 @@ MAY_IMPORT = {
     "data": set(), "runs": set(), "checkpoints": set(),
     "llama": {"checkpoints"},
     "baselines": {"llama"},
-    "rora": {"runs", "baselines", "checkpoints", "data", "llama"},
-    "eval": {"runs", "checkpoints", "data", "llama", "rora"},
+    "flags": {"checkpoints", "data", "runs"},
+    "rora": {"flags", "runs", "baselines", "checkpoints", "data", "llama"},
+    "eval": {"flags", "runs", "checkpoints", "data", "llama", "rora"},
 }
 RUN_TIME = {"torch", "sentencepiece", "safetensors", "tqdm"}
 

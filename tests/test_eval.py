@@ -36,7 +36,7 @@ def home(tmp_path_factory):
     """A random base whose tokenizer and tests are real in form: all eight tasks have a file."""
     folder = tmp_path_factory.mktemp("home")
     write_checkpoint(folder / "toy")
-    for i, task in enumerate(rora.PAPER and judge.TASKS):
+    for i, task in enumerate(judge.TASKS):
         path = write_records(folder / (f"tests/{task}.json" if i % 2 else f"tests/{task}/test.json"), 7)
         legal = {"piqa": "solution1", "hellaswag": "ending3", "winogrande": "option2"}.get(task, "answer2")
         if task != "boolq":

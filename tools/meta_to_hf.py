@@ -73,7 +73,7 @@ def read_params(path: Path, tokenizer) -> LlamaConfig:
             max_positions=8192 if theta > 10000 else 2048 if eps < 1e-5 else 4096)
     except KeyError as e:
         raise CheckpointError(f"{path}: no {e}") from None
-    except TypeError as e:
+    except (TypeError, ValueError, ZeroDivisionError) as e:
         raise CheckpointError(f"{path}: not Meta's params.json ({e})") from None
 
 
@@ -93,20 +93,6 @@ class MetaTensors(Mapping):
             if wrong := (file.keys() - {"rope.freqs"}) ^ want:
                 raise CheckpointError(f"{folder / name}: missing or unexpected: {some(wrong)}")
         self.dtype = self.files[0][meta_name("norm.weight")].dtype
-        for name in self.shapes:
-            self.split_dim(name)
-
-    def split_dim(self, name: str) -> int | None:
-        """The one dimension in which each file's part falls short of the whole; None: every file has all of it.
-
-        Found from the shapes: tok_embeddings is cut across its width in LLaMA-1 and 2, across the vocabulary in Llama-3.
-        """
-        parts, whole = [file[meta_name(name)].shape for file in self.files], self.shapes[name]
-        short = {d for part in parts for d, (some_of_it, all_of_it) in enumerate(zip(part, whole)) if some_of_it != all_of_it}
-        if len(short) > 1 or any(sum(part[d] for part in parts) != whole[d] for d in short):
-            raise CheckpointError(f"{self.folder}: {meta_name(name)} is {' and '.join(str(tuple(p)) for p in parts)}, "
-                                  f"which does not make up {tuple(whole)}")
-        return short.pop() if short else None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
@@ -115,8 +101,16 @@ class MetaTensors(Mapping):
         return len(self.shapes)
 
     def __getitem__(self, name: str) -> Tensor:
-        parts, dim = [file[meta_name(name)] for file in self.files], self.split_dim(name)
-        w = parts[0] if dim is None else torch.cat(parts, dim)
+        """Files divide a tensor along one dimension, found from the shapes, or each hold all of it (the norms).
+
+        tok_embeddings is cut across its width in LLaMA-1 and 2, across the vocabulary in Llama-3.
+        """
+        parts, whole = [file[meta_name(name)] for file in self.files], self.shapes[name]
+        short = {d for part in parts for d, (some_of_it, all_of_it) in enumerate(zip(part.shape, whole)) if some_of_it != all_of_it}
+        if len(short) > 1 or any(sum(part.shape[d] for part in parts) != whole[d] for d in short):
+            raise CheckpointError(f"{self.folder}: {meta_name(name)} is {' and '.join(str(tuple(p.shape)) for p in parts)}, "
+                                  f"which does not make up {tuple(whole)}")
+        w = torch.cat(parts, short.pop()) if short else parts[0]
         for module, n_heads in (("q_proj", self.cfg.n_heads), ("k_proj", self.cfg.n_kv_heads)):
             if module in name:
                 w = meta_to_hf(w, n_heads)

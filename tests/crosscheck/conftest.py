@@ -131,6 +131,7 @@ def padded():
 
 def pytest_configure(config):
     config.stash[DEVIATIONS] = {}
+    config.addinivalue_line("filterwarnings", "ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT asks transformers
 
 
 @pytest.fixture
@@ -176,6 +177,6 @@ def pytest_terminal_summary(terminalreporter, exitstatus, config):
     if rows:
         terminalreporter.write_line("\n" + "\n".join(lines))
     passed = {Path(report.fspath).name for report in terminalreporter.stats.get("passed", [])}
-    whole = passed >= {path.name for path in HERE.glob("test_*.py")} and not terminalreporter.stats.get("deselected")
-    if exitstatus == 0 and whole:
+    left_out = [item for item in terminalreporter.stats.get("deselected", []) if HERE in item.path.parents]
+    if exitstatus == 0 and not left_out and passed >= {path.name for path in HERE.glob("test_*.py")}:
         (HERE / "deviations.md").write_text("\n".join(lines) + "\n")
