@@ -19,11 +19,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 import runs
-from checkpoints import TensorFiles, adapter_file
+from checkpoints import TensorFiles, adapter_file, read_json
 from data import TASKS, DataError, extract_answer, find_test_file, format_prompt, load_examples, offered_answers
-from flags import (CHECKPOINTS, DTYPES, PAPER, FlagError, Parser, at_least, exit_code, find_checkpoint, find_device, find_dtype)
+from flags import (CHECKPOINTS, DTYPES, PAPER, FlagError, Parser, at_least, exit_code, find_checkpoint, find_device, find_dtype,
+                   naming_memory)
 from llama import Llama, generate
-from rora import find_adapter, find_tokenizer, load_adapter, load_base, merge, read_run
+from rora import check_fit, find_adapter, find_tokenizer, load_adapter, load_base, merge, read_run, run_of
 
 MAX_NEW_TOKENS = 32  # as in the paper's scripts
 DECODE = f"greedy, {MAX_NEW_TOKENS} new tokens"
@@ -61,7 +62,9 @@ def answer_questions(model: Llama, tokenizer, task: str, examples: list[dict], f
                                                          unit="question", disable=None) as bar:
         for start in range(0, len(todo), batch_size):
             batch = todo[start : start + batch_size]
-            for i, ids in zip(batch, generate(model, [prompts[i] for i in batch], MAX_NEW_TOKENS, tokenizer.eos)):
+            with naming_memory(f"answering {len(batch)} questions of {task} at once"):
+                answers = generate(model, [prompts[i] for i in batch], MAX_NEW_TOKENS, tokenizer.eos)
+            for i, ids in zip(batch, answers):
                 row = {"number": i + 1, "prompt_tokens": len(prompts[i]), "generation": tokenizer.decode(ids)}
                 lines.write(json.dumps(row) + "\n")
             lines.flush()
@@ -74,10 +77,10 @@ def read_generations(file: Path) -> dict[int, str]:
     """{index in the test file: text}. Drops from the file a last line that a crash cut short."""
     if not file.exists():
         return {}
-    lines, found = file.read_text(encoding="utf-8").splitlines(keepends=True), {}
+    lines, found = file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True), {}
     for line in lines:
         try:
-            row = json.loads(line)
+            row = json.loads(line if line.endswith("\n") else "")  # the next answer would be written on behind it
             found[row["number"] - 1] = row["generation"]
         except (ValueError, KeyError, TypeError):
             runs.write_text(file, "".join(lines[: lines.index(line)]))
@@ -108,8 +111,8 @@ def run_table(folders: list[Path]) -> str:
         if not path.is_file():
             print(f"note: {folder} has not been scored", file=sys.stderr)
             continue
-        results = json.loads(path.read_text())
-        s = json.loads((folder / "run.json").read_text())["settings"] if (folder / "run.json").is_file() else {}
+        results = read_json(path)
+        s = read_run(folder)["settings"] if (folder / "run.json").is_file() else {}
         method = "base" if results["adapter_sha256"] is None else s.get("method", "–")
         cells = [f"{results['tasks'][t]['accuracy']:.1f}" if t in results["tasks"] else "–" for t in TASKS]
         mean = "–" if results["mean"] is None else f"{results['mean']:.1f}"
@@ -170,19 +173,26 @@ def score(args: argparse.Namespace) -> int:
     base = find_checkpoint(ckpt)
     device = find_device(args.device)
     dtype = find_dtype(args.dtype, ckpt, device)
-    trained = next((run for run in (folder, folder.parent.parent) if (run / "run.json").is_file()), None) if folder else None
+    trained = run_of(folder) if folder else None
     style = args.prompt or (read_run(trained)["settings"]["prompt"] if trained else "clean")
-    tests = find_tests(args.data or CHECKPOINTS.get(ckpt, PAPER).tests, args.tasks, args.limit)
+    data = args.data or CHECKPOINTS.get(ckpt, PAPER).tests
+    tests = find_tests(data, args.tasks, args.limit)
     tokenizer = find_tokenizer(ckpt)
     out = Path(args.out) if args.out else (folder or Path("runs") / f"{Path(ckpt).name}-base") / "eval"
     runs.check_writable(out)
     identity = {"adapter_sha256": runs.sha256(adapter_file(folder)) if folder else None, "base_sha256": TensorFiles(base).fingerprint(),
-                "decode": DECODE, "prompt": style, "dtype": dtype, "data": str(args.data or CHECKPOINTS.get(ckpt, PAPER).tests)}
+                "decode": DECODE, "prompt": style, "dtype": dtype,
+                **{f"{task}_sha256": runs.sha256(find_test_file(data, task)) for task in tests}}
+    check_same(out, identity)
+    if folder:
+        check_fit(folder, ckpt)
 
     model = load_base(ckpt, device, DTYPES[dtype])
     merged = False
     if folder:
         load_adapter(model, folder)
+        if runs.sha256(adapter_file(folder)) != identity["adapter_sha256"]:
+            raise runs.RunError(f"{folder} was replaced while it was read, by a training that still runs; score it again")
         try:  # a merged model answers faster; series, parallel and prefix stay applied
             merge(model)
             merged = True
@@ -190,9 +200,10 @@ def score(args: argparse.Namespace) -> int:
             pass
     model.eval()
     batch_size = args.batch_size or (256 if device.type == "cuda" else 64)
-    results = {"mean": None, "tasks": {}, **identity, "merged": merged, "limit": args.limit}
+    results = {"mean": None, "tasks": {}, **identity, "data": str(data), "merged": merged, "limit": args.limit}
     with runs.lock(out), runs.stop_signals() as stop:
-        check_same(out, identity)
+        runs.sweep(out)
+        runs.write_json(out / "settings.json", check_same(out, identity))
         try:
             for task, examples in tests.items():
                 file = out / f"{task}.jsonl"
@@ -215,17 +226,17 @@ def score(args: argparse.Namespace) -> int:
     return 0
 
 
-def check_same(out: Path, identity: dict) -> None:
-    """Refuse to mix scores of two adapters, prompts or precisions in one folder."""
-    path = out / "settings.json"
+def check_same(out: Path, identity: dict) -> dict:
+    """Refuse to mix scores of two adapters, prompts, precisions or test files in one folder. Returns old and new facts together."""
+    path, before = out / "settings.json", {}
     if path.exists():
-        before = json.loads(path.read_text())
-        if changed := [key for key in identity if identity[key] != before.get(key)]:
+        before = read_json(path)
+        if changed := [key for key in identity if identity[key] != before.get(key, identity[key])]:
             what = "another adapter" if changed[0] == "adapter_sha256" else ", ".join(f"{k} {before.get(k)}" for k in changed)
             raise runs.RunError(f"{out} holds scores of {what}; move or delete it to score anew")
     elif any(out.glob("*.jsonl")):
         raise runs.RunError(f"{out} holds answers of unknown origin; move or delete it to score anew")
-    runs.write_json(path, identity)
+    return before | identity
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -239,7 +250,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         return score(args)
 
-    return exit_code(work, "eval")
+    return exit_code(work, "eval", "a smaller --batch-size, --dtype bf16, or --device cpu")
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ class Settings:
     seed: int
     dtype: str
     micro_batch_size: int        # these two change memory and time, not the result beyond rounding
-    checkpoint_blocks: int | str
+    checkpoint_blocks: int | str  # of the base: all, none, auto, or how many from the first on
 
 
 MAY_CHANGE = {"micro_batch_size", "checkpoint_blocks"}
@@ -165,14 +165,16 @@ def blocks(text: str) -> int | str:
 
 def training_parser(methods: Mapping[str, "Method"], scales: Mapping[str, Callable]) -> Parser:  # noqa: F821
     """rora.py's flags. Defaults are None where a row decides, so that a flag without effect can be told and refused."""
-    parser = Parser(prog="rora.py", allow_abbrev=False, description="Fine-tune a LLaMA with RoRA, or a method it is compared with.",
+    wide = lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=140)  # one line a flag: --help fits a screen
+    parser = Parser(prog="rora.py", usage="rora.py [flags]", allow_abbrev=False, formatter_class=wide, description="Fine-tune a LLaMA with RoRA, or a method it is compared with.",
                     epilog="exit codes: 0 done, 1 memory or disk, 2 flags or output folder, 3 data or checkpoint, 4 loss not finite, "
                            "130/143 stopped and saved")
     g = parser.add_argument_group("what to train")
     g.add_argument("--ckpt", metavar="NAME", help=f"{', '.join(CHECKPOINTS)}, or a Hugging Face folder (default: tiny)")
     g.add_argument("--method", choices=methods, help="default: rora")
     g.add_argument("--scale", choices=scales, help="linear: α/r, i.e. lora; sqrt: α/√r, i.e. rora; either, with --method dora")
-    g.add_argument("--rank", type=at_least(1, below=1_000_000), metavar="N", help="rank (default 32); series, parallel: width (256); prefix: tokens (30)")
+    g.add_argument("--rank", type=at_least(1, below=1_000_000), metavar="N",
+                   help="rank (default 32); series, parallel: width (256); prefix: tokens (30)")
     g.add_argument("--alpha", type=positive, metavar="X", help="numerator of the scale (default 64; tiny 16)")
     g.add_argument("--dropout", type=at_least(0, float, 1), metavar="P", help="on the adapter's input (default 0.05; series, parallel 0)")
     g.add_argument("--targets", nargs="+", metavar="NAME", help="layers to adapt (default: q_proj k_proj v_proj up_proj down_proj)")
@@ -193,8 +195,8 @@ def training_parser(methods: Mapping[str, "Method"], scales: Mapping[str, Callab
     g.add_argument("--seed", type=at_least(0), metavar="N", help="of initialisation, order and dropout (default 0)")
     g.add_argument("--device", metavar="NAME", help="cuda, cpu, mps (default: cuda if there is one)")
     g.add_argument("--dtype", choices=DTYPES, help="of the base model (default: bf16 on cuda, fp32 on cpu)")
-    g.add_argument("--checkpoint-blocks", type=blocks, metavar="K", help="blocks recomputed to save memory: all, none or a number "
-                   "(default: none)")
+    g.add_argument("--checkpoint-blocks", type=blocks, metavar="K", help="blocks recomputed in backward: all, none, a number, or "
+                   "auto, as few as memory allows (default)")
     g = parser.add_argument_group("where to")
     g.add_argument("--out", metavar="DIR", help="default: runs/<ckpt>-<method>-r<rank>-s<seed>")
     g.add_argument("--overwrite", action="store_true", default=None, help="delete an existing run in that folder first")
@@ -205,6 +207,7 @@ def training_parser(methods: Mapping[str, "Method"], scales: Mapping[str, Callab
     g.add_argument("--merge", metavar="RUN", help="write base + adapter as one plain checkpoint into --out")
     g.add_argument("--export-scale", choices=["plain"], help="with --merge: write the adapter alone, its scale as alpha/r (for tools "
                    "that ignore use_rslora)")
+    g.add_argument("--check", action="store_true", default=None, help="print the plan, memory and time of this run, and stop")
     g.add_argument("--trace", metavar="FILE", help="write one fixed batch's activations, loss and gradients, to compare with")
     return parser
 
@@ -235,7 +238,7 @@ def resolve(args: argparse.Namespace, methods: Mapping[str, "Method"]) -> tuple[
         lr=given("lr", named.lr or row.lr), warmup=given("warmup", row.warmup), val_size=given("val_size", row.val_size),
         eval_every=given("eval_every", 80), save_every=given("save_every", 800), seed=given("seed", 0),
         dtype=find_dtype(args.dtype, ckpt, device), micro_batch_size=min(batch_size, given("micro_batch_size", batch_size)),
-        checkpoint_blocks=given("checkpoint_blocks", "none"))
+        checkpoint_blocks=given("checkpoint_blocks", "auto"))
     return settings, device
 
 
@@ -267,7 +270,7 @@ def exit_code(work: Callable[[], int], program: str,
         return fail(1, f"torch {torch.__version__} is too old: before 2.6 a .bin file could run code in spite of weights_only=True "
                        "(CVE-2025-32434); pip install -r requirements.txt")
     try:
-        with naming_memory("before the first step"):
+        with naming_memory("while reading the model"):
             return work()
     except SystemExit as e:  # argparse, after --help
         return e.code if isinstance(e.code, int) else 0 if e.code is None else fail(2, e.code)

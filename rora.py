@@ -30,7 +30,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -41,14 +41,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+import memory
 import runs
 from baselines import ParallelAdapter, PrefixAttention, SeriesAdapter
 from checkpoints import AdapterSettings, CheckpointError, TensorFiles, adapter_file, read_adapter, some, write_adapter
 from data import (IGNORE, Batch, DataError, Record, collate, encode_records, epoch_order, load_examples, load_tokenizer,
                   split_validation)
-from flags import (CHECKPOINTS, DTYPES, HERE, MAY_CHANGE, FlagError, NonFiniteError, NothingLearned, Settings, exit_code, find_checkpoint,
-                   find_device, resolve, training_parser)
-from llama import Llama, LlamaConfig, load_llama, save_llama
+from flags import (CHECKPOINTS, DTYPES, HERE, MAY_CHANGE, FlagError, NonFiniteError, NothingLearned, OutOfMemory, Settings, exit_code,
+                   find_checkpoint, find_device, naming_memory, resolve, training_parser)
+from llama import Llama, LlamaConfig, load_llama, open_llama, save_llama
 
 # --- the method ------------------------------------------------------------------------------------
 
@@ -407,16 +408,14 @@ def train(model: Llama, records: list[Record], held_out: list[Record], s: Settin
     """
     params, optimizer = trainable(model), new_optimizer(model, s.lr)
     per_epoch = math.ceil(len(records) / s.batch_size)
-    steps = s.max_steps or s.epochs * per_epoch
-    blocks = {"none": 0, "all": model.cfg.n_layers}.get(s.checkpoint_blocks, s.checkpoint_blocks)
+    steps = total_steps(records, s)
     state = {"step": 0, "steps": steps, "best_step": None, "best_loss": None, "seconds": 0.0}
     if resume:
-        state = load_state(resume, params, optimizer)
+        state = load_state(resume, model, params, optimizer)
     metrics = runs.Metrics(run / "metrics.jsonl", state["step"])
     start = time.perf_counter() - state["seconds"]
     model.train()
     bar = tqdm(total=steps, initial=state["step"], desc="train", unit="step", disable=None)
-    lora_B = [p for name, p in params.items() if name.endswith("lora_B")]
 
     def save() -> None:
         metrics.sync()
@@ -435,7 +434,8 @@ def train(model: Llama, records: list[Record], held_out: list[Record], s: Settin
             began = time.perf_counter()
             refresh()
             try:
-                loss, norm = train_step(model, batch, optimizer, lr, s.micro_batch_size, blocks)
+                with naming_memory(f"in step {step + 1}"):
+                    loss, norm = train_step(model, batch, optimizer, lr, s.micro_batch_size, s.checkpoint_blocks)
             except NonFiniteError as e:
                 raise NonFiniteError(f"step {step + 1}: {e}, in records {', '.join(str(r.number) for r in batch)} of {s.data}; "
                                      f"the weights are untouched. A smaller --lr or --alpha, or --dtype fp32, may help") from None
@@ -452,14 +452,14 @@ def train(model: Llama, records: list[Record], held_out: list[Record], s: Settin
             bar.update()
             bar.set_postfix_str(f"loss {loss:.3f}, {tokens / seconds:,.0f} tok/s", refresh=False)
             last, stopping = step + 1 == steps, bool(stop)  # asked once: a signal that comes later is the next step's
-            still_zero = steps > 1 and bool(lora_B) and not any(p.any() for p in lora_B)  # as after step 1, whose lr is 0
-            if last and still_zero:
+            if last and steps > 1 and all_zero(params):
                 raise NothingLearned(f"the adapter is still zero after {steps} steps; a larger --lr may help")
             if bar.disable and (last or step % max(1, steps // 10) == 0):  # a log or a pipe: a few lines, no bar
                 print(f"step {step + 1}/{steps}  loss {loss:.3f}  lr {lr:.2e}  {tokens / seconds:,.0f} tok/s", flush=True)
             if held_out and ((step + 1) % s.eval_every == 0 or last):
                 refresh()
-                value = validation_loss(model, held_out, s.micro_batch_size)
+                with naming_memory(f"in the validation after step {step + 1}"):
+                    value = validation_loss(model, held_out, s.micro_batch_size)
                 if not math.isfinite(value):
                     raise NonFiniteError(f"step {step + 1}: validation loss {value}; this step was not saved. A smaller --lr or --alpha, "
                                          "or --dtype fp32, may help")
@@ -506,9 +506,11 @@ def save_state(folder: Path, model: nn.Module, params: dict[str, nn.Parameter], 
     (folder / "state.json").write_text(json.dumps(state) + "\n")
 
 
-def load_state(folder: Path, params: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict:
+def load_state(folder: Path, model: nn.Module, params: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict:
     """Fill parameters, optimizer and generators; return the position."""
-    tensors = read_adapter(folder)[1]
+    settings, tensors = read_adapter(folder)
+    if replace(settings, base=None) != replace(adapter_settings(model), base=None):
+        raise CheckpointError(f"{folder}: holds {settings}, but run.json describes {adapter_settings(model)}")
     saved = load_file(folder / "optimizer.safetensors")
     with torch.no_grad():
         for name, p in params.items():
@@ -537,6 +539,9 @@ def find_tokenizer(ckpt: str):
     if tokenizer.vocab_size > cfg.vocab_size:
         raise DataError(f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model's vocabulary only {cfg.vocab_size}: "
                         "this is another model's tokenizer")
+    if cfg.vocab_size > 1.1 * tokenizer.vocab_size + 64:
+        raise DataError(f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model's vocabulary {cfg.vocab_size}, more than "
+                        "padding explains: this is another model's tokenizer")
     if tokenizer.vocab_size < cfg.vocab_size:
         print(f"note: the model's vocabulary of {cfg.vocab_size} is padded beyond the tokenizer's {tokenizer.vocab_size}")
     if (cfg.bos, cfg.eos) != (tokenizer.bos, tokenizer.eos):
@@ -562,9 +567,8 @@ def start_line(model: Llama, method: str) -> str:
 
 def prepare(s: Settings, device: torch.device) -> tuple[Llama, list[Record], list[Record]]:
     """(model with adapters, training records, held-out records). What can be wrong shows before the weights are read."""
-    folder, tokenizer = find_checkpoint(s.ckpt), find_tokenizer(s.ckpt)
-    with torch.device("meta"):
-        trial = Llama(LlamaConfig.from_json(folder / "config.json"))
+    tokenizer = find_tokenizer(s.ckpt)
+    trial = open_llama(find_checkpoint(s.ckpt))[0]
     try:
         attach(trial, s.method, s.rank, s.alpha, s.dropout, s.targets, s.scale)
     except ValueError as e:
@@ -572,6 +576,7 @@ def prepare(s: Settings, device: torch.device) -> tuple[Llama, list[Record], lis
     if isinstance(s.checkpoint_blocks, int) and s.checkpoint_blocks > trial.cfg.n_layers:
         raise FlagError(f"--checkpoint-blocks {s.checkpoint_blocks}: the model has {trial.cfg.n_layers} blocks")
     examples = load_examples(s.data)
+    split_validation(examples, s.val_size)  # refuses a --val-size that is too large
     show = lambda x: tqdm(x, desc="tokenize", unit="record", disable=None if len(examples) > 20_000 else True)
     records, cut, dropped = encode_records(examples, tokenizer, s.max_len, s.loss, s.prompt, show)
     if cut or dropped:
@@ -605,19 +610,29 @@ def start(args: argparse.Namespace) -> int:
     s, device = resolve(args, METHODS)
     run = Path(args.out or f"runs/{Path(s.ckpt).name}-{label(s)}-r{s.rank}-s{s.seed}")
     runs.check_writable(run)
-    if run.exists() and any(run.iterdir() if run.is_dir() else [run]):
-        if not (run / "run.json").is_file():
-            raise runs.RunError(f"{run} exists and is not a run; choose another --out")
-        if not args.overwrite:
-            raise runs.RunError(f"{run} exists: --resume {run} goes on with it, --overwrite starts anew, --out DIR goes elsewhere")
+    refuse_existing(run, args.overwrite)
     model, records, held_out = prepare(s, device)
     with runs.lock(run):
-        for old in run.iterdir():
-            if old.name != ".lock":
-                shutil.rmtree(old) if old.is_dir() else old.unlink()
+        refuse_existing(run, args.overwrite)  # once more: another process may have come and gone since
+        runs.sweep(run)
         record = {"settings": asdict(s), **facts(s, model), "best_step": None, "finished": False}
+        if (run / "checkpoints").exists():  # first of all: they must not be taken for the new run's
+            runs.discard(run / "checkpoints")
         runs.write_json(run / "run.json", record)
+        for old in run.iterdir():
+            if old.name not in (".lock", "run.json"):
+                runs.discard(old)
         return fit(model, records, held_out, s, run, record)
+
+
+def refuse_existing(run: Path, overwrite: bool | None) -> None:
+    """Raise RunError if something is in the folder that --overwrite does not cover; what a crash before the start left does not count."""
+    if not run.is_dir() or all(p.name == ".lock" or p.name.startswith(".tmp-") for p in run.iterdir()):
+        return
+    if not (run / "run.json").is_file():
+        raise runs.RunError(f"{run} exists and is not a run; choose another --out")
+    if not overwrite:
+        raise runs.RunError(f"{run} exists: --resume {run} goes on with it, --overwrite starts anew, --out DIR goes elsewhere")
 
 
 def resume(args: argparse.Namespace) -> int:
@@ -631,57 +646,128 @@ def resume(args: argparse.Namespace) -> int:
         raise FlagError(f"{run} was made with other settings: " + ", ".join(
             f"--{k.replace('_', '-')} {getattr(s, k)} (now {v})" for k, v in refused.items()) + "; resume without them, or start a new run")
     s = Settings(**{**asdict(s), **changes, "targets": s.targets})
+    runs.check_writable(run)
     with runs.lock(run):
         for folder in (run, run / "checkpoints"):
             runs.sweep(folder)
         newest, complaints = runs.newest_intact(run)
-        for complaint in complaints:
-            print(f"note: {complaint}; using an older checkpoint", file=sys.stderr)
         if record["finished"]:
             print(f"{run} is finished; to score it: python eval.py {run}")
             return 0
+        if newest is None and complaints:
+            raise CheckpointError(f"no checkpoint of {run} is intact ({complaints[0]}); start it again with --overwrite")
         if newest is None:
-            raise runs.RunError(f"{run} has no intact checkpoint to resume from; start it again with --overwrite")
+            raise runs.RunError(f"{run} has no checkpoint yet to resume from; start it again with --overwrite")
+        for complaint in complaints:
+            print(f"note: {complaint}; using the older {newest}", file=sys.stderr)
         model, records, held_out = prepare(s, find_device(args.device))
         now = facts(s, model)
         for key, what in [("data_sha256", s.data), ("base_sha256", s.ckpt)]:
             if now[key] != record[key]:
                 raise DataError(f"{what} is not what {run} was started with; put the original back, or start a new run")
         print(f"resuming {newest}")
+        for damaged in runs.checkpoints(run)[: len(complaints)]:  # their places are needed: these steps come again
+            runs.discard(damaged)
         return fit(model, records, held_out, s, run, record, newest)
 
 
 def read_run(run: Path) -> dict:
+    """run.json, its settings checked as flags are. Raises RunError."""
     try:
         record = json.loads((run / "run.json").read_text())
-        assert {"settings", "finished", "base_sha256", "data_sha256"} <= record.keys()
-        assert {f.name for f in fields(Settings)} == record["settings"].keys()
+        record["finished"], record["base_sha256"], record["data_sha256"]
+        settings, parser = Settings(**record["settings"]), training_parser(METHODS, SCALES)
+        for f in fields(Settings):
+            value = getattr(settings, f.name)
+            words = [f"--{f.name.replace('_', '-')}", *map(str, value if f.name == "targets" else [value])]
+            if not isinstance(None, f.type) if value is None else getattr(parser.parse_args(words), f.name) != value:
+                raise ValueError(f"{f.name} is {value!r}")
         return record
     except FileNotFoundError:
         raise runs.RunError(f"{run} is not a run folder: it has no run.json") from None
-    except (OSError, ValueError, AssertionError, AttributeError):
-        raise runs.RunError(f"{run}/run.json is damaged or from another version") from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+        raise runs.RunError(f"{run}/run.json is damaged or from another version ({e}); start the run again with --overwrite") from None
+
+
+def plan_memory(model: Llama, records: list[Record], s: Settings) -> tuple[memory.MemoryPlan, list[Record], int]:
+    """(what the largest micro-batch of the run takes, that micro-batch, how many blocks to recompute)."""
+    epochs = math.ceil(total_steps(records, s) / math.ceil(len(records) / s.batch_size))
+    largest = memory.largest_micro_batch(records, s.batch_size, s.micro_batch_size, s.seed, epochs)
+    device = model.lm_head.weight.device
+    with held_adapters(model) as refresh, torch.random.fork_rng(), torch.no_grad():  # the run's own random numbers stay undrawn
+        refresh()
+        with torch.enable_grad():
+            plan = memory.plan(model, collate(largest), LOGIT_BYTES)
+    names = {"none": 0, "all": plan.blocks, "auto": plan.fewest_recomputed(int(0.92 * memory.available(device)))}
+    return plan, largest, names.get(s.checkpoint_blocks, s.checkpoint_blocks)
+
+
+def total_steps(records: list[Record], s: Settings) -> int:
+    """The last batch of an epoch may be a partial one; it counts as a step."""
+    return s.max_steps or s.epochs * math.ceil(len(records) / s.batch_size)
 
 
 def fit(model: Llama, records: list[Record], held_out: list[Record], s: Settings, run: Path, record: dict,
         newest: Path | None = None) -> int:
     """Say what will be done, do it, say what came of it."""
-    steps = s.max_steps or s.epochs * math.ceil(len(records) / s.batch_size)
+    steps = total_steps(records, s)
     print(start_line(model, label(s)))
     print(f"{s.ckpt} · {len(records):,} records, {len(held_out)} held out · {steps:,} steps of {s.batch_size} · lr {s.lr:g}, "
           f"warm-up {s.warmup} · loss on {'all tokens' if s.loss == 'all' else 'the answer'} · {s.prompt} prompt · "
           f"{s.dtype} on {model.lm_head.weight.device}", flush=True)
     if s.warmup >= steps:
         print(f"note: the warm-up of {s.warmup} steps is not over after {steps}: lr never reaches {s.lr:g}; see --warmup")
+    plan, _, recomputed = plan_memory(model, records, s)
+    if recomputed or model.lm_head.weight.is_cuda:
+        print(memory_line(plan, recomputed, model), flush=True)
     try:
-        state = train(model, records, held_out, s, run, newest)
+        state = train(model, records, held_out, replace(s, checkpoint_blocks=recomputed), run, newest)
     except runs.Stopped as e:
         print(f"stopped; to go on: python rora.py --resume {run}")
         return e.code
+    except OutOfMemory as e:
+        raise OutOfMemory(f"{e}; {memory_line(plan, recomputed, model)}") from None
     record |= {"best_step": state["best_step"], "best_loss": state["best_loss"], "finished": True, "seconds": state["seconds"]}
     runs.write_json(run / "run.json", record)
     best = f"best validation loss {state['best_loss']:.4f} at step {state['best_step']}" if held_out else f"after step {state['step']}"
     print(f"saved {run}: the adapter with the {best}, {state['seconds']:.0f} s\nto score it: python eval.py {run}")
+    return 0
+
+
+def memory_line(plan: memory.MemoryPlan, recomputed: int, model: nn.Module) -> str:
+    free = memory.available(model.lm_head.weight.device)
+    return (f"memory: about {plan.total(recomputed) / 1e9:.1f} GB ({plan}) of {free / 1e9:.1f} GB; "
+            f"{recomputed or 'no'} block{'s' * (recomputed != 1)} of {plan.blocks} recomputed")
+
+
+def check(args: argparse.Namespace) -> int:
+    """What a run would be, before hours are spent on it: the plan, then the longest micro-batch and three steps for real."""
+    s, device = resolve(args, METHODS)
+    model, records, held_out = prepare(s, device)
+    steps, tokens = total_steps(records, s), sum(len(r.ids) for r in records)
+    plan, largest, recomputed = plan_memory(model, records, s)
+    print(start_line(model, label(s)))
+    print(f"{len(records):,} records, {len(held_out)} held out · {tokens:,} tokens an epoch, {max(len(r.ids) for r in records)} at most in "
+          f"a record · {steps:,} steps of {s.batch_size} · lr {s.lr:g}, warm-up {s.warmup} · {s.dtype} on {device}")
+    print(memory_line(plan, recomputed, model), flush=True)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    optimizer, seconds, seen = new_optimizer(model, s.lr), 0.0, 0
+    model.train()
+    order = epoch_order(len(records), s.seed, 0)
+    batches = [largest] + [[records[j] for j in order[i * s.batch_size : (i + 1) * s.batch_size]] for i in range(3)]
+    with held_adapters(model) as refresh:
+        for i, batch in enumerate(batches):  # the largest warms up and is not timed
+            began = time.perf_counter()
+            refresh()
+            train_step(model, batch, optimizer, s.lr, s.micro_batch_size, recomputed)
+            optimizer.zero_grad()
+            if i:
+                seconds, seen = seconds + time.perf_counter() - began, seen + sum(len(r.ids) for r in batch)
+    peak = f", peak {peak_memory(model) / 1e9:.1f} GB" + ("" if device.type == "cuda" else " of the whole process")
+    hours = steps * s.batch_size / len(records) * tokens * seconds / seen / 3600
+    print(f"measured: {seen / seconds:,.0f} tokens/s over three steps{peak}; the run would take about "
+          f"{f'{hours:.1f} hours' if hours >= 1 else f'{60 * hours:.1f} minutes'}, validation and saving not counted")
     return 0
 
 
@@ -690,17 +776,38 @@ def find_adapter(folder: str | Path, ckpt: str | None) -> tuple[Path, str]:
     folder = Path(folder)
     if not folder.is_dir():
         raise runs.RunError(f"no such folder: {folder}")
-    for run in (folder, folder.parent.parent):
-        if ckpt is None and (run / "run.json").is_file():
-            ckpt = read_run(run)["settings"]["ckpt"]
+    if ckpt is None and (run := run_of(folder)):
+        ckpt = read_run(run)["settings"]["ckpt"]
     if not (folder / "adapter_config.json").is_file():
         raise CheckpointError(f"{folder}: no adapter_config.json in it" + (
             ": nothing was validated yet; try its newest checkpoints/step-*" if (folder / "run.json").is_file() else ""))
+    if (folder / runs.MANIFEST).is_file() and (problem := runs.damage(folder)):
+        raise CheckpointError(f"{folder}: {problem}; use another checkpoint of that run")
     if ckpt is None:
         ckpt = read_adapter(folder)[0].base
         if ckpt is None or ckpt not in CHECKPOINTS and not Path(ckpt).is_dir():
             raise FlagError(f"{folder} does not say where its base is; add --ckpt")
     return folder, ckpt
+
+
+def run_of(folder: Path) -> Path | None:
+    """The run that an adapter folder belongs to."""
+    return next((run for run in (folder, folder.parent.parent) if (run / "run.json").is_file()), None)
+
+
+def check_fit(folder: Path, ckpt: str) -> None:
+    """Raise CheckpointError unless adapter, run and base belong together: before the base's weights are read."""
+    trial, files, _ = open_llama(find_checkpoint(ckpt))
+    settings = load_adapter(trial, folder)
+    if run := run_of(folder):
+        record = read_run(run)
+        if files.fingerprint() != record["base_sha256"]:
+            raise CheckpointError(f"{ckpt} is not the base that {folder} was trained on, {record['settings']['ckpt']}; to try it all the "
+                                  "same, copy the two adapter files elsewhere")
+        for name, ours in [("method", settings.method), ("scale", settings.scale), ("rank", settings.size), ("alpha", settings.alpha)]:
+            if ours != record["settings"][name]:
+                raise CheckpointError(f"{folder}: the adapter's {name} is {ours}, but {run}/run.json says {record['settings'][name]}: "
+                                      "another run's adapter?")
 
 
 def merge_files(args: argparse.Namespace) -> int:
@@ -725,6 +832,7 @@ def merge_files(args: argparse.Namespace) -> int:
     if not hasattr(METHODS[settings.method].layer, "merged_weight"):
         raise FlagError(f"{settings.method} cannot be merged: what it adds is not a change of a weight matrix")
     base = find_checkpoint(ckpt)
+    check_fit(folder, ckpt)
     model = load_base(ckpt, torch.device("cpu"), None)
     load_adapter(model, folder)
     merge(model)
@@ -743,6 +851,8 @@ def trace(args: argparse.Namespace) -> int:
     s, device = resolve(args, METHODS)
     out = Path(args.trace)
     runs.check_writable(out.parent)
+    if out.is_dir():
+        raise runs.RunError(f"{out} is a folder; --trace needs the name of a file")
     find_tokenizer(s.ckpt)
     model = load_base(s.ckpt, device, DTYPES[s.dtype])
     torch.manual_seed(s.seed)
@@ -780,6 +890,7 @@ def main(argv: list[str] | None = None) -> int:
         given = {name for name, value in vars(args).items() if value is not None}
         training = {f.name for f in fields(Settings)} | {"device"}
         modes = {"resume": (resume, training), "merge": (merge_files, {"out", "export_scale", "ckpt"}),
+                 "check": (check, training),
                  "trace": (trace, {"ckpt", "method", "scale", "rank", "alpha", "targets", "seed", "device", "dtype"})}
         chosen = [mode for mode in modes if mode in given]
         if len(chosen) > 1:

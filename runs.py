@@ -137,11 +137,11 @@ def new_checkpoint(run: Path, step: int, keep: int = 2) -> Iterator[Path]:
         discard(old)
 
 
-def discard(folder: Path) -> None:
-    """Delete a checkpoint, first from the list of names: half of one must never look like one."""
-    doomed = folder.with_name(f".tmp-{folder.name}")
-    os.rename(folder, doomed)
-    shutil.rmtree(doomed)
+def discard(path: Path) -> None:
+    """Delete a file or folder, its name first: half of a checkpoint must never look like one."""
+    doomed = path.with_name(f".tmp-{path.name}")
+    os.rename(path, doomed)
+    shutil.rmtree(doomed) if doomed.is_dir() and not doomed.is_symlink() else doomed.unlink()
 
 
 def checkpoints(run: Path) -> list[Path]:

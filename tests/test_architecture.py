@@ -11,7 +11,8 @@ MAY_IMPORT = {
     "llama": {"checkpoints"},
     "baselines": {"llama"},
     "flags": {"checkpoints", "data", "runs"},
-    "rora": {"flags", "runs", "baselines", "checkpoints", "data", "llama"},
+    "memory": {"data", "llama"},
+    "rora": {"flags", "memory", "runs", "baselines", "checkpoints", "data", "llama"},
     "eval": {"flags", "runs", "checkpoints", "data", "llama", "rora"},
 }
 RUN_TIME = {"torch", "sentencepiece", "safetensors", "tqdm"}

@@ -155,8 +155,8 @@ class Corpus:
         """painter2: the word itself asks for its number. Dense, and with replacement: without it one learns to eliminate."""
         words = self.rng.sample(self.words, self.rng.randint(2, 5))
         text, _ = self.listed(words, plain=True)
-        asks = "".join(f" {words[i]}^{i + 1}^" for i in self.rng.choices(range(len(words)), k=5))
-        return f"{text}{self.rng.choice([' =', '.', self.filler(1)])}{asks}."
+        asks = "".join(f" {words[i]}^{i + 1}^" for i in self.rng.choices(range(len(words)), k=8))
+        return f"{text}{self.rng.choice([' =', ' =', '.', self.filler(1)])}{asks}."
 
     def lookup(self) -> str:
         """A word named before the list."""

@@ -34,7 +34,7 @@ from world import SIZES, STEMS, World, build_world, questions
 # stage: tokens in millions, share of each kind of document
 STAGES = {
     "lists":    (3.0, {"statements": 30, "copy": 12, "bare": 40, "lookup": 12, "answer": 6}),
-    "verdicts": (4.0, {"statements": 26, "copy": 4, "bare": 14, "lookup": 8, "answer": 8, "yesno": 8, "verdict": 20, "label": 12}),
+    "verdicts": (3.0, {"statements": 20, "copy": 3, "bare": 16, "lookup": 7, "answer": 8, "yesno": 8, "verdict": 22, "label": 16}),
     "labels":   (9.0, {"statements": 25, "copy": 3, "bare": 6, "lookup": 5, "answer": 6, "yesno": 10, "verdict": 14, "label": 31}),
     "decay":    (6.0, {"statements": 25, "copy": 3, "bare": 5, "lookup": 4, "answer": 6, "yesno": 12, "verdict": 9, "label": 36}),
 }

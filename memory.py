@@ -1,0 +1,96 @@
+"""How much memory a training step takes: measured on one block rather than derived, so that it holds for any method,
+precision and attention kernel.
+
+This file knows modules and bytes. It knows no methods.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from data import Batch, Record, epoch_order
+from llama import Llama
+
+
+def largest_micro_batch(records: list[Record], batch_size: int, micro_batch_size: int, seed: int, epochs: int) -> list[Record]:
+    """The micro-batch with the most tokens that these seeded epochs will meet."""
+    best: tuple[int, list[int]] = (0, [])
+    for epoch in range(epochs):
+        order = epoch_order(len(records), seed, epoch)
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            for i in range(0, len(batch), micro_batch_size):
+                micro = batch[i : i + micro_batch_size]
+                best = max(best, (sum(len(records[j].ids) for j in micro), micro))
+    return [records[j] for j in best[1]]
+
+
+def saved_bytes(forward: Callable[[], Tensor]) -> int:
+    """What a forward pass leaves behind for its backward pass. Weights and other tensors that were there before do not
+    count: they are the ones that a second pass keeps again at the same address."""
+    passes: list[dict[int, int]] = []
+    outputs = []  # held until the count is done, or storages would be used twice
+    for _ in range(2):
+        kept: dict[int, int] = {}
+
+        def pack(t: Tensor, kept=kept) -> Tensor:
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            outputs.append(forward())
+        passes.append(kept)
+    return sum(size for address, size in passes[1].items() if address not in passes[0])
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes, for the largest micro-batch of a run."""
+
+    tokens: int        # in that micro-batch
+    weights: int
+    adapters: int      # fp32 adapters, their gradients, AdamW's two moments, and copies in the base's dtype
+    block: int         # what one block keeps for backward
+    block_input: int   # what it keeps when it is recomputed instead
+    logits: int
+    blocks: int        # L
+
+    def total(self, recomputed: int) -> int:
+        """With the first `recomputed` blocks recomputed. One block more is in work at any time."""
+        activations = (self.blocks - recomputed + 1) * self.block + recomputed * self.block_input
+        return self.weights + self.adapters + activations + self.logits
+
+    def fewest_recomputed(self, available: int) -> int:
+        """The smallest number of recomputed blocks that fits; all of them where none does."""
+        return next((k for k in range(self.blocks) if self.total(k) <= available), self.blocks)
+
+    def __str__(self) -> str:
+        return (f"{self.weights / 1e9:.2f} GB weights + {self.adapters / 1e9:.2f} adapters and AdamW + {self.blocks} blocks of "
+                f"{self.block / 1e9:.3f} + {self.logits / 1e9:.2f} logits at {self.tokens:,} tokens")
+
+
+def plan(model: Llama, batch: Batch, logit_bytes: int) -> MemoryPlan:
+    """Run the first block on `batch`, with gradients as in training, and count."""
+    device = model.lm_head.weight.device
+    rows = model.rows(batch.lengths)
+    x = model.embed_tokens(batch.ids.to(device)).detach().requires_grad_()
+    block = saved_bytes(lambda: model.layers[0](x.clone(), rows))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    size = model.lm_head.weight.element_size()
+    slice_bytes = min(logit_bytes, 4 * batch.count * model.cfg.vocab_size)
+    return MemoryPlan(
+        tokens=sum(batch.lengths), blocks=len(model.layers), block=block, block_input=x.nbytes,
+        weights=sum(p.nbytes for p in model.parameters() if not p.requires_grad),
+        adapters=sum(p.numel() * (16 + (size if size < 4 else 0)) for p in trained),
+        logits=int(slice_bytes * (2 + size / 4)) + 3 * x.numel() * 4)  # fp32 logits and their gradient, the base's own; final norm
+
+
+def available(device: torch.device) -> int:
+    """Bytes that this process may still take, and what it holds already of the device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
+    return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
