@@ -18,6 +18,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+import memory
 import runs
 from checkpoints import TensorFiles, adapter_file, read_json
 from data import TASKS, DataError, extract_answer, find_test_file, format_prompt, load_examples, offered_answers
@@ -49,7 +50,7 @@ def error_bar(accuracy: float, n: int) -> float:
     return 100 * math.sqrt(p * (1 - p) / n)
 
 
-def answer_questions(model: Llama, tokenizer, task: str, examples: list[dict], file: Path, batch_size: int, style: str,
+def answer_questions(model: Llama, tokenizer, task: str, examples: list[dict], file: Path, batch_size: int | None, style: str,
                      stop: list[int]) -> None:
     """Generate what `file` does not hold yet, a line a question: {"number", "prompt_tokens", "generation"}.
 
@@ -57,6 +58,7 @@ def answer_questions(model: Llama, tokenizer, task: str, examples: list[dict], f
     runs.Stopped after the batch in which a signal came; finished lines stay.
     """
     prompts = {i: tokenizer.encode(format_prompt(e, style), bos=True, eos=False) for i, e in enumerate(examples)}
+    batch_size = batch_size or fitting_batch(model, max(map(len, prompts.values())))
     todo = sorted(prompts.keys() - read_generations(file).keys(), key=lambda i: (-len(prompts[i]), i))
     with file.open("a", encoding="utf-8") as lines, tqdm(total=len(examples), initial=len(examples) - len(todo), desc=task,
                                                          unit="question", disable=None) as bar:
@@ -71,6 +73,15 @@ def answer_questions(model: Llama, tokenizer, task: str, examples: list[dict], f
             bar.update(len(batch))
             if stop:
                 raise runs.Stopped(stop[0])
+
+
+def fitting_batch(model: Llama, longest: int) -> int:
+    """How many questions fit into half of the free memory: their cache, and the widest activations of the pass that fills it."""
+    cfg, weight = model.cfg, model.embed_tokens.weight
+    cache = 2 * cfg.n_layers * cfg.n_kv_heads * cfg.head_dim * (longest + MAX_NEW_TOKENS)
+    widest = longest * (3 * cfg.hidden_dim + 6 * cfg.dim)
+    size = 4 * (cache + widest)  # bytes: fp32 at worst
+    return max(1, min(512 if weight.is_cuda else 64, memory.available(weight.device) // 2 // size))
 
 
 def read_generations(file: Path) -> dict[int, str]:
@@ -143,7 +154,7 @@ def build_parser() -> Parser:
     parser.add_argument("--data", metavar="DIR", help="folder of <task>/test.json or <task>.json (default: data; tiny: its own)")
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help=f"default: all that --data has, of {', '.join(TASKS)}")
     parser.add_argument("--limit", type=at_least(1), metavar="N", help="only the first N questions a task")
-    parser.add_argument("--batch-size", type=at_least(1), metavar="N", help="questions at once (default: 256 on cuda, 64 on cpu)")
+    parser.add_argument("--batch-size", type=at_least(1), metavar="N", help="questions at once (default: what fits, at most 512)")
     parser.add_argument("--prompt", choices=["clean", "dora"], help="default: the one RUN was trained with")
     parser.add_argument("--device", metavar="NAME", help="cuda, cpu, mps (default: cuda if there is one)")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on cuda, fp32 on cpu")
@@ -199,7 +210,6 @@ def score(args: argparse.Namespace) -> int:
         except ValueError:
             pass
     model.eval()
-    batch_size = args.batch_size or (256 if device.type == "cuda" else 64)
     results = {"mean": None, "tasks": {}, **identity, "data": str(data), "merged": merged, "limit": args.limit}
     with runs.lock(out), runs.stop_signals() as stop:
         runs.sweep(out)
@@ -207,7 +217,7 @@ def score(args: argparse.Namespace) -> int:
         try:
             for task, examples in tests.items():
                 file = out / f"{task}.jsonl"
-                answer_questions(model, tokenizer, task, examples, file, batch_size, style, stop)
+                answer_questions(model, tokenizer, task, examples, file, args.batch_size, style, stop)
                 said = read_generations(file)
                 for i, e in enumerate(examples):
                     e |= {"prompt": format_prompt(e, style), "generation": said[i]}

@@ -399,7 +399,7 @@ def load_llama(folder: str | Path, device: str | torch.device = "cpu", dtype: to
     model.load_state_dict(state, assign=True)
     if cfg.tie_embeddings:
         model.lm_head.weight = model.embed_tokens.weight
-    return model
+    return model.eval()  # dropout in adapters attached later stays off until somebody calls train()
 
 
 def save_llama(model: Llama, folder: str | Path) -> None:

@@ -622,7 +622,7 @@ def start(args: argparse.Namespace) -> int:
         for old in run.iterdir():
             if old.name not in (".lock", "run.json"):
                 runs.discard(old)
-        return fit(model, records, held_out, s, run, record)
+        return fit(model, records, held_out, s, run, record, compiled=args.compile)
 
 
 def refuse_existing(run: Path, overwrite: bool | None) -> None:
@@ -668,7 +668,7 @@ def resume(args: argparse.Namespace) -> int:
         print(f"resuming {newest}")
         for damaged in runs.checkpoints(run)[: len(complaints)]:  # their places are needed: these steps come again
             runs.discard(damaged)
-        return fit(model, records, held_out, s, run, record, newest)
+        return fit(model, records, held_out, s, run, record, newest, args.compile)
 
 
 def read_run(run: Path) -> dict:
@@ -708,7 +708,7 @@ def total_steps(records: list[Record], s: Settings) -> int:
 
 
 def fit(model: Llama, records: list[Record], held_out: list[Record], s: Settings, run: Path, record: dict,
-        newest: Path | None = None) -> int:
+        newest: Path | None = None, compiled: bool | None = None) -> int:
     """Say what will be done, do it, say what came of it."""
     steps = total_steps(records, s)
     print(start_line(model, label(s)))
@@ -718,6 +718,9 @@ def fit(model: Llama, records: list[Record], held_out: list[Record], s: Settings
     if s.warmup >= steps:
         print(f"note: the warm-up of {s.warmup} steps is not over after {steps}: lr never reaches {s.lr:g}; see --warmup")
     plan, _, recomputed = plan_memory(model, records, s)
+    if compiled:
+        for layer in model.layers:
+            layer.compile(dynamic=True)  # one compilation for all lengths
     if recomputed or model.lm_head.weight.is_cuda:
         print(memory_line(plan, recomputed, model), flush=True)
     try:
@@ -852,6 +855,8 @@ def trace(args: argparse.Namespace) -> int:
     out = Path(args.trace)
     runs.check_writable(out.parent)
     if out.is_dir():
+        raise runs.RunError(f"{out} is a folder; --trace writes a file")
+    if out.is_dir():
         raise runs.RunError(f"{out} is a folder; --trace needs the name of a file")
     find_tokenizer(s.ckpt)
     model = load_base(s.ckpt, device, DTYPES[s.dtype])
@@ -888,7 +893,7 @@ def main(argv: list[str] | None = None) -> int:
     def work() -> int:
         args = training_parser(METHODS, SCALES).parse_args(argv)
         given = {name for name, value in vars(args).items() if value is not None}
-        training = {f.name for f in fields(Settings)} | {"device"}
+        training = {f.name for f in fields(Settings)} | {"device", "compile"}
         modes = {"resume": (resume, training), "merge": (merge_files, {"out", "export_scale", "ckpt"}),
                  "check": (check, training),
                  "trace": (trace, {"ckpt", "method", "scale", "rank", "alpha", "targets", "seed", "device", "dtype"})}

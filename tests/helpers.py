@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -14,8 +15,10 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import checkpoints  # noqa: E402
 import eval as judge  # noqa: E402
 import rora  # noqa: E402
+import runs  # noqa: E402
 from data import format_prompt  # noqa: E402
 from llama import Llama, LlamaConfig, save_llama  # noqa: E402
 
@@ -89,8 +92,9 @@ def caught(fd: int):
         saved = os.dup(fd)
         os.dup2(file.fileno(), fd)
         text: list[str] = []
+        redirect = contextlib.redirect_stdout if fd == 1 else contextlib.redirect_stderr
         try:
-            with (contextlib.redirect_stdout if fd == 1 else contextlib.redirect_stderr)(open(fd, "w", encoding="utf-8", closefd=False)) as mine:
+            with redirect(open(fd, "w", encoding="utf-8", closefd=False, errors="backslashreplace")) as mine:
                 yield text
                 mine.flush()
         finally:
@@ -126,14 +130,114 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 def rows(run_folder: Path) -> list[dict]:
     """metrics.jsonl without what differs from one run of a program to the next: wall-clock time and memory."""
-    clock = {"tok_per_s", "mem_gb", "seconds"}
-    return [{k: v for k, v in json.loads(line).items() if k not in clock} for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    lines = (run_folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in ("tok_per_s", "mem_gb", "seconds")} for line in lines]
 
 
 def outcome(run_folder: Path) -> dict:
-    """All that two equal runs share, byte for byte: adapters, optimizer, random numbers, metrics, position."""
-    state = {name: content for name, content in tree(run_folder).items() if name.endswith(".safetensors") and not name.startswith("eval")}
-    positions = {p.parent.name: {k: v for k, v in json.loads(p.read_text()).items() if k != "seconds"}
-                 for p in run_folder.glob("checkpoints/*/state.json")}
-    record = {k: v for k, v in json.loads((run_folder / "run.json").read_text()).items() if k != "seconds"}
-    return {"tensors": state, "positions": positions, "metrics": rows(run_folder), "record": record}
+    """All that two equal runs share, byte for byte: adapters, optimizer, random numbers, position, metrics, facts."""
+    last = runs.checkpoints(run_folder)[0]
+    record, state = (json.loads(path.read_text()) for path in (run_folder / "run.json", last / "state.json"))
+    tensors = {name: content for folder in (run_folder, last) for name, content in tree(folder).items() if name.endswith("_model.safetensors")}
+    return {"tensors": tensors, "optimizer": (last / "optimizer.safetensors").read_bytes(), "step": last.name, "metrics": rows(run_folder),
+            "record": record | {"seconds": None}, "state": state | {"seconds": None}}
+
+
+# --- faults ----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def at_step(step: int, act):
+    """Call act() once, when the metrics row of this step has just been written."""
+    write = runs.Metrics.write
+
+    def watched(self, **row):
+        write(self, **row)
+        if row["step"] == step and "loss" in row:
+            act()
+
+    runs.Metrics.write = watched
+    try:
+        yield
+    finally:
+        runs.Metrics.write = write
+
+
+def interrupt(step: int, *argv, with_signal: int = signal.SIGINT) -> Result:
+    """run(), with a signal sent during this step."""
+    with at_step(step, lambda: signal.raise_signal(with_signal)):
+        return run(*argv)
+
+
+@contextlib.contextmanager
+def watched_disk(on):
+    """Call on(operation, path) at every instant at which a run can be cut short: before each change of the file system, and
+    when a write is half done ("torn"). `on` may raise, or kill the process."""
+    def before(owner, name, path_of, writes=False):
+        original = getattr(owner, name)
+
+        def watched(*args, **kwargs):
+            path = path_of(*args)
+            on(name, path)
+            result = original(*args, **kwargs)
+            if writes:
+                whole = Path(path).read_bytes()
+                Path(path).write_bytes(whole[: len(whole) - max(1, min(40, len(whole) // 2))])
+                on("torn", path)
+                Path(path).write_bytes(whole)
+            return result
+
+        setattr(owner, name, watched)
+        stack.callback(setattr, owner, name, original)
+
+    with contextlib.ExitStack() as stack:
+        for name in ("mkdir", "rename", "replace", "unlink", "rmdir"):
+            before(os, name, lambda path, *_: path)
+        before(os, "fsync", lambda fd: os.readlink(f"/proc/self/fd/{fd}") if os.path.isdir("/proc/self/fd") else fd)
+        before(Path, "write_text", lambda path, *_: path, writes=True)
+        before(runs.Metrics, "write", lambda metrics, **row: metrics.file.name, writes=True)
+        for module in (checkpoints, rora):
+            before(module, "save_file", lambda tensors, path, *_: path, writes=True)
+        yield
+
+
+def instants(*argv) -> list[tuple[str, str]]:
+    """Every (operation, path) of a run, in order."""
+    log: list[tuple[str, str]] = []
+    with watched_disk(lambda operation, path: log.append((operation, str(path)))):
+        assert run(*argv).code == 0
+    return log
+
+
+def in_child(work) -> int:
+    """Run work() in a forked process that may die of it; returns its exit code, or minus the signal that ended it."""
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os._exit(work())
+        finally:  # an exception must not bring a second pytest to life
+            os._exit(99)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def killed(n: int, *argv) -> int:
+    """A real process that runs main(argv) and gets SIGKILL at the n-th instant."""
+    def on(operation, path, count=[n]):  # noqa: B006, a counter
+        count[0] -= 1
+        if count[0] < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def work():
+        with watched_disk(on):
+            return run(*argv).code
+
+    return in_child(work)
+
+
+def go_on(folder: Path, *argv) -> Result:
+    """What a user does after a crash: --resume, or, where there is no checkpoint yet, the same command with --overwrite."""
+    result = run("--resume", folder)
+    if result.code == 2 and not runs.checkpoints(folder):
+        result = run(*argv, "--overwrite")
+    return result

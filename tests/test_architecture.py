@@ -13,7 +13,7 @@ MAY_IMPORT = {
     "flags": {"checkpoints", "data", "runs"},
     "memory": {"data", "llama"},
     "rora": {"flags", "memory", "runs", "baselines", "checkpoints", "data", "llama"},
-    "eval": {"flags", "runs", "checkpoints", "data", "llama", "rora"},
+    "eval": {"flags", "memory", "runs", "checkpoints", "data", "llama", "rora"},
 }
 RUN_TIME = {"torch", "sentencepiece", "safetensors", "tqdm"}
 
