@@ -13,19 +13,21 @@ import argparse
 import json
 import math
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 import memory
 import runs
 from checkpoints import TensorFiles, adapter_file, read_json
-from data import TASKS, DataError, extract_answer, find_test_file, format_prompt, load_examples, offered_answers
+from data import TASKS, DataError, Record, collate, extract_answer, find_test_file, format_prompt, load_examples, offered_answers
 from flags import (CHECKPOINTS, DTYPES, PAPER, FlagError, Parser, at_least, exit_code, find_checkpoint, find_device, find_dtype,
                    naming_memory)
 from llama import Llama, generate
-from rora import check_fit, find_adapter, find_tokenizer, load_adapter, load_base, merge, read_run, run_of
+from rora import check_fit, find_adapter, find_tokenizer, load_adapter, load_base, loss_sum, merge, read_run, run_of
 
 MAX_NEW_TOKENS = 32  # as in the paper's scripts
 DECODE = f"greedy, {MAX_NEW_TOKENS} new tokens"
@@ -144,6 +146,28 @@ def show_answers(task: str, examples: list[dict], right: bool) -> str | None:
     return None
 
 
+def ask(model: Llama, tokenizer, question: str, style: str) -> str:
+    """The greedy answer to one question, its probability among the answers that the question's last line offers, and speed.
+
+    The probability is that of the whole output, "the correct answer is X", renormalised over the answers offered.
+    """
+    e = {"instruction": question, "input": ""}
+    prompt = format_prompt(e, style)
+    ids = tokenizer.encode(prompt, bos=True, eos=False)
+    began = time.perf_counter()
+    said = generate(model, [ids], MAX_NEW_TOKENS, tokenizer.eos)[0]
+    seconds = time.perf_counter() - began
+    lines = [tokenizer.decode(said).strip() or "(nothing)"]
+    if offered := sorted(offered_answers(e)):
+        records = [Record(tokenizer.encode(prompt + f"the correct answer is {a}", bos=True, eos=True), len(ids), 0) for a in offered]
+        with torch.no_grad():
+            scores = torch.tensor([-loss_sum(model, collate([r])).item() for r in records])
+        chances = zip(scores.softmax(0).tolist(), offered)
+        lines.append(", ".join(f"{a} {100 * p:.1f}%" for p, a in sorted(chances, reverse=True)))
+    lines.append(f"{len(ids)} + {len(said)} tokens, {(len(ids) + len(said)) / seconds:,.0f} tokens/s")
+    return "\n    ".join(lines)
+
+
 # --- command line ----------------------------------------------------------------------------------
 
 
@@ -155,6 +179,9 @@ def build_parser() -> Parser:
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help=f"default: all that --data has, of {', '.join(TASKS)}")
     parser.add_argument("--limit", type=at_least(1), metavar="N", help="only the first N questions a task")
     parser.add_argument("--batch-size", type=at_least(1), metavar="N", help="questions at once (default: what fits, at most 512)")
+    parser.add_argument("--ask", nargs="?", const="", metavar="TEXT",
+                        help="answer this question, or, without TEXT, one after another; \\n is a new line; a last line 'Answer format: "
+                             "a/b' says what is offered")
     parser.add_argument("--prompt", choices=["clean", "dora"], help="default: the one RUN was trained with")
     parser.add_argument("--device", metavar="NAME", help="cuda, cpu, mps (default: cuda if there is one)")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on cuda, fp32 on cpu")
@@ -177,6 +204,22 @@ def find_tests(folder: str, tasks: list[str] | None, limit: int | None) -> dict[
     return {task: load_examples(path, task)[:limit] for task, path in found.items() if path}
 
 
+def open_model(folder: Path | None, ckpt: str, device: torch.device, dtype: str) -> tuple[Llama, bool]:
+    """(base with its adapter, whether that could be merged). A merged model answers faster; series, parallel and prefix
+    stay applied."""
+    if folder:
+        check_fit(folder, ckpt)
+    model = load_base(ckpt, device, DTYPES[dtype])
+    if folder is None:
+        return model, False
+    load_adapter(model, folder)
+    try:
+        merge(model)
+    except ValueError:
+        return model, False
+    return model, True
+
+
 def score(args: argparse.Namespace) -> int:
     if not args.run and not args.ckpt:
         raise FlagError("what shall be scored? Give a run folder, or --ckpt NAME for a base model")
@@ -186,6 +229,12 @@ def score(args: argparse.Namespace) -> int:
     dtype = find_dtype(args.dtype, ckpt, device)
     trained = run_of(folder) if folder else None
     style = args.prompt or (read_run(trained)["settings"]["prompt"] if trained else "clean")
+    if args.ask is not None:
+        tokenizer = find_tokenizer(ckpt)
+        model, _ = open_model(folder, ckpt, device, dtype)
+        for question in [args.ask] if args.ask else iter(lambda: input("question (an empty line ends): "), ""):
+            print("    " + ask(model, tokenizer, question.replace("\\n", "\n"), style))
+        return 0
     data = args.data or CHECKPOINTS.get(ckpt, PAPER).tests
     tests = find_tests(data, args.tasks, args.limit)
     tokenizer = find_tokenizer(ckpt)
@@ -195,21 +244,9 @@ def score(args: argparse.Namespace) -> int:
                 "decode": DECODE, "prompt": style, "dtype": dtype,
                 **{f"{task}_sha256": runs.sha256(find_test_file(data, task)) for task in tests}}
     check_same(out, identity)
-    if folder:
-        check_fit(folder, ckpt)
-
-    model = load_base(ckpt, device, DTYPES[dtype])
-    merged = False
-    if folder:
-        load_adapter(model, folder)
-        if runs.sha256(adapter_file(folder)) != identity["adapter_sha256"]:
-            raise runs.RunError(f"{folder} was replaced while it was read, by a training that still runs; score it again")
-        try:  # a merged model answers faster; series, parallel and prefix stay applied
-            merge(model)
-            merged = True
-        except ValueError:
-            pass
-    model.eval()
+    model, merged = open_model(folder, ckpt, device, dtype)
+    if folder and runs.sha256(adapter_file(folder)) != identity["adapter_sha256"]:
+        raise runs.RunError(f"{folder} was replaced while it was read, by a training that still runs; score it again")
     results = {"mean": None, "tasks": {}, **identity, "data": str(data), "merged": merged, "limit": args.limit}
     with runs.lock(out), runs.stop_signals() as stop:
         runs.sweep(out)
@@ -231,7 +268,7 @@ def score(args: argparse.Namespace) -> int:
         table = task_table(results)
         title = f"{folder or ckpt + ' (base model)'}: {DECODE}, {style} prompt, {dtype}, {'merged' if merged else 'not merged'}"
         runs.write_text(out / "results.md", f"{title}\n\n{table}\n")
-    shown = [text for right in (True, False) for task, examples in tests.items() if (text := show_answers(task, examples, right))][-4:]
+    shown = [text for right in (True, False) for text in [t for t in (show_answers(*item, right) for item in tests.items()) if t][:2]]
     print("\n\n".join([*shown, table]) + f"\n\n{title}\nsaved {out}/results.json; ± is one binomial standard error")
     return 0
 

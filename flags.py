@@ -198,7 +198,7 @@ def training_parser(methods: Mapping[str, "Method"], scales: Mapping[str, Callab
     g.add_argument("--dtype", choices=DTYPES, help="of the base model (default: bf16 on cuda, fp32 on cpu)")
     g.add_argument("--checkpoint-blocks", type=blocks, metavar="K", help="blocks recomputed in backward: all, none, a number, or "
                    "auto, as few as memory allows (default)")
-    g.add_argument("--compile", action="store_true", default=None, 
+    g.add_argument("--compile", action="store_true", default=None,
                    help="torch.compile each block: a minute at the start, then faster steps on a GPU")
     g = parser.add_argument_group("where to")
     g.add_argument("--out", metavar="DIR", help="default: runs/<ckpt>-<method>-r<rank>-s<seed>")

@@ -138,8 +138,8 @@ def outcome(run_folder: Path) -> dict:
     """All that two equal runs share, byte for byte: adapters, optimizer, random numbers, position, metrics, facts."""
     last = runs.checkpoints(run_folder)[0]
     record, state = (json.loads(path.read_text()) for path in (run_folder / "run.json", last / "state.json"))
-    tensors = {name: content for folder in (run_folder, last) for name, content in tree(folder).items() if name.endswith("_model.safetensors")}
-    return {"tensors": tensors, "optimizer": (last / "optimizer.safetensors").read_bytes(), "step": last.name, "metrics": rows(run_folder),
+    files = [run_folder / "adapter_model.safetensors", last / "adapter_model.safetensors", last / "optimizer.safetensors"]
+    return {"best, last, optimizer": [file.read_bytes() for file in files], "step": last.name, "metrics": rows(run_folder),
             "record": record | {"seconds": None}, "state": state | {"seconds": None}}
 
 

@@ -1,6 +1,7 @@
 """The judge: what counts, what is kept, and what a score does not depend on."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -105,3 +106,10 @@ def test_merged_and_unmerged_models_give_the_same_answers(home):
     before = generate(model, prompts, 8, 2)
     rora.merge(model)
     assert generate(model, prompts, 8, 2) == before
+
+
+def test_a_question_can_be_asked_and_the_offered_answers_share_one_probability(home, capsys):
+    question = r"Is it so?\n\nAnswer format: true/false"
+    assert judge.main(["--ckpt", str(home / "toy"), "--ask", question]) == 0
+    chances = re.findall(r"(true|false) ([\d.]+)%", capsys.readouterr().out)
+    assert {a for a, _ in chances} == {"true", "false"} and sum(float(p) for _, p in chances) == pytest.approx(100, abs=0.2)

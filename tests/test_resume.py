@@ -130,7 +130,8 @@ def test_overwrite_starts_anew_and_leaves_nothing_of_the_old_run(world, whole, t
     assert run(*flags(world, tmp_path / "run", seed=7, max_steps=30, epochs=None, save_every=3)).code == 0
     score(tmp_path / "run", "--data", world.tests)
     assert run(*flags(world, tmp_path / "run"), "--overwrite").code == 0
-    assert outcome(tmp_path / "run") == outcome(whole) and tree(tmp_path / "run").keys() == tree(whole).keys()
+    assert outcome(tmp_path / "run") == outcome(whole)
+    assert not (tmp_path / "run" / "eval").exists() and len(runs.checkpoints(tmp_path / "run")) == 2
 
 
 def test_a_run_that_appeared_while_the_model_was_read_is_not_wiped(world, tmp_path, monkeypatch):
@@ -205,7 +206,7 @@ def test_scoring_can_be_stopped_and_goes_on_where_it_stopped(world, whole, tmp_p
 
     def watched(model, prompts, *rest):
         asked.extend(map(tuple, prompts))
-        if len(asked) in (6, 12):
+        if len(asked) in (6, 11):
             signal.raise_signal(signal.SIGTERM)
         return generate(model, prompts, *rest)
 
