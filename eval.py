@@ -15,12 +15,14 @@ import math
 import sys
 import time
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 import memory
+import ranks
 import runs
 from checkpoints import TensorFiles, adapter_file, read_json
 from data import TASKS, DataError, Record, collate, extract_answer, find_test_file, format_prompt, load_examples, offered_answers
@@ -61,20 +63,23 @@ def answer_questions(model: Llama, tokenizer, task: str, examples: list[dict], f
     """
     prompts = {i: tokenizer.encode(format_prompt(e, style), bos=True, eos=False) for i, e in enumerate(examples)}
     batch_size = batch_size or fitting_batch(model, max(map(len, prompts.values())))
-    todo = sorted(prompts.keys() - read_generations(file).keys(), key=lambda i: (-len(prompts[i]), i))
+    done = read_generations(file)
+    ranks.wait()  # all have read the file before the first writes on
+    todo = sorted(prompts.keys() - done.keys(), key=lambda i: (-len(prompts[i]), i))
     with file.open("a", encoding="utf-8") as lines, tqdm(total=len(examples), initial=len(examples) - len(todo), desc=task,
-                                                         unit="question", disable=None) as bar:
-        for start in range(0, len(todo), batch_size):
-            batch = todo[start : start + batch_size]
+                                                         unit="question", disable=None if ranks.first() else True) as bar:
+        for start in range(0, len(todo), batch_size * ranks.world()):
+            batch = ranks.share(todo[start : start + batch_size * ranks.world()])
             with naming_memory(f"answering {len(batch)} questions of {task} at once"):
                 answers = generate(model, [prompts[i] for i in batch], MAX_NEW_TOKENS, tokenizer.eos)
-            for i, ids in zip(batch, answers):
-                row = {"number": i + 1, "prompt_tokens": len(prompts[i]), "generation": tokenizer.decode(ids)}
+            rows = [{"number": i + 1, "prompt_tokens": len(prompts[i]), "generation": tokenizer.decode(ids)}
+                    for i, ids in zip(batch, answers)]
+            for row in [row for part in ranks.gathered(rows) or () for row in part]:
                 lines.write(json.dumps(row) + "\n")
+                bar.update()
             lines.flush()
-            bar.update(len(batch))
-            if stop:
-                raise runs.Stopped(stop[0])
+            if ranks.anyone(bool(stop), model.lm_head.weight.device):
+                raise runs.Stopped(stop[0] if stop else 143)
 
 
 def fitting_batch(model: Llama, longest: int) -> int:
@@ -96,7 +101,8 @@ def read_generations(file: Path) -> dict[int, str]:
             row = json.loads(line if line.endswith("\n") else "")  # the next answer would be written on behind it
             found[row["number"] - 1] = row["generation"]
         except (ValueError, KeyError, TypeError):
-            runs.write_text(file, "".join(lines[: lines.index(line)]))
+            if ranks.first():
+                runs.write_text(file, "".join(lines[: lines.index(line)]))
             break
     return found
 
@@ -248,13 +254,18 @@ def score(args: argparse.Namespace) -> int:
     if folder and runs.sha256(adapter_file(folder)) != identity["adapter_sha256"]:
         raise runs.RunError(f"{folder} was replaced while it was read, by a training that still runs; score it again")
     results = {"mean": None, "tasks": {}, **identity, "data": str(data), "merged": merged, "limit": args.limit}
-    with runs.lock(out), runs.stop_signals() as stop:
-        runs.sweep(out)
-        runs.write_json(out / "settings.json", check_same(out, identity))
+    ranks.wait()  # all have looked at the folder before the first writes there
+    with runs.lock(out) if ranks.first() else nullcontext(), runs.stop_signals() as stop:
+        if ranks.first():
+            runs.sweep(out)
+            runs.write_json(out / "settings.json", check_same(out, identity))
+        ranks.wait()
         try:
             for task, examples in tests.items():
                 file = out / f"{task}.jsonl"
                 answer_questions(model, tokenizer, task, examples, file, args.batch_size, style, stop)
+                if not ranks.first():
+                    continue
                 said = read_generations(file)
                 for i, e in enumerate(examples):
                     e |= {"prompt": format_prompt(e, style), "generation": said[i]}
@@ -265,6 +276,8 @@ def score(args: argparse.Namespace) -> int:
         except runs.Stopped as e:
             print("stopped; finished answers are kept; to go on: the same command again")
             return e.code
+        if not ranks.first():
+            return 0
         table = task_table(results)
         title = f"{folder or ckpt + ' (base model)'}: {DECODE}, {style} prompt, {dtype}, {'merged' if merged else 'not merged'}"
         runs.write_text(out / "results.md", f"{title}\n\n{table}\n")

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+import ranks
 from checkpoints import CheckpointError
 from data import DataError
 from runs import RunError
@@ -266,14 +267,14 @@ def exit_code(work: Callable[[], int], program: str,
     def fail(code: int, message: object) -> int:
         line = " ".join(str(message).split())[:2000]
         line = "".join(c if c.isprintable() else "?" for c in line)  # a name from a file may hold anything, a terminal's colours included
-        print(f"{program}: {line}", file=sys.stderr)
+        print(f"{program}{'' if ranks.first() else f' (process {ranks.rank()})'}: {line}", file=sys.stderr)
         return code
 
     if torch.__version__ < (2, 6):
         return fail(1, f"torch {torch.__version__} is too old: before 2.6 a .bin file could run code in spite of weights_only=True "
                        "(CVE-2025-32434); pip install -r requirements.txt")
     try:
-        with naming_memory("while reading the model"):
+        with ranks.joined(), naming_memory("while reading the model"):
             return work()
     except SystemExit as e:  # argparse, after --help
         return e.code if isinstance(e.code, int) else 0 if e.code is None else fail(2, e.code)

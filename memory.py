@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+import ranks
 from data import Batch, Record, epoch_order
 from llama import Llama
 
@@ -21,7 +22,7 @@ def largest_micro_batch(records: list[Record], batch_size: int, micro_batch_size
     for epoch in range(epochs):
         order = epoch_order(len(records), seed, epoch)
         for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
+            batch = ranks.share(order[start : start + batch_size])
             for i in range(0, len(batch), micro_batch_size):
                 micro = batch[i : i + micro_batch_size]
                 best = max(best, (sum(len(records[j].ids) for j in micro), micro))

@@ -29,7 +29,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -42,6 +42,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import memory
+import ranks
 import runs
 from baselines import ParallelAdapter, PrefixAttention, SeriesAdapter
 from checkpoints import AdapterSettings, CheckpointError, TensorFiles, adapter_file, read_adapter, some, write_adapter
@@ -372,10 +373,13 @@ def train_step(model: Llama, records: list[Record], optimizer: torch.optim.Optim
     params = optimizer.param_groups[0]["params"]
     count = sum(len(r.ids) - r.split for r in records)
     total = torch.zeros((), device=params[0].device)
-    for i in range(0, len(records), micro_batch_size):
-        loss = loss_sum(model, collate(records[i : i + micro_batch_size]), checkpoint_blocks) / count
+    mine = ranks.share(records)
+    for i in range(0, len(mine), micro_batch_size):
+        loss = loss_sum(model, collate(mine[i : i + micro_batch_size]), checkpoint_blocks) / count
         loss.backward()
         total += loss.detach()
+    ranks.add_gradients(params)
+    ranks.add(total)
     norm = nn.utils.clip_grad_norm_(params, clip)
     loss, norm = torch.stack([total, norm]).tolist()  # the step's one wait for the device
     if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -390,10 +394,11 @@ def train_step(model: Llama, records: list[Record], optimizer: torch.optim.Optim
 def validation_loss(model: Llama, records: list[Record], micro_batch_size: int) -> float:
     """Mean loss per target, without dropout and without drawing a random number."""
     model.eval()
-    total = sum(loss_sum(model, collate(records[i : i + micro_batch_size])).item()
-                for i in range(0, len(records), micro_batch_size))
+    mine, total = ranks.share(records), torch.zeros((), dtype=torch.float64, device=model.lm_head.weight.device)
+    for i in range(0, len(mine), micro_batch_size):
+        total += loss_sum(model, collate(mine[i : i + micro_batch_size]))
     model.train()
-    return total / sum(len(r.ids) - r.split for r in records)
+    return ranks.add(total).item() / sum(len(r.ids) - r.split for r in records)
 
 
 def new_optimizer(model: nn.Module, lr: float) -> torch.optim.Optimizer:
@@ -406,22 +411,35 @@ def train(model: Llama, records: list[Record], held_out: list[Record], s: Settin
 
     Raises NonFiniteError, or runs.Stopped once the state is saved after SIGINT or SIGTERM.
     """
-    params, optimizer = trainable(model), new_optimizer(model, s.lr)
+    params, optimizer, device = trainable(model), new_optimizer(model, s.lr), model.lm_head.weight.device
     per_epoch = math.ceil(len(records) / s.batch_size)
     steps = total_steps(records, s)
     state = {"step": 0, "steps": steps, "best_step": None, "best_loss": None, "seconds": 0.0}
     if resume:
         state = load_state(resume, model, params, optimizer)
-    metrics = runs.Metrics(run / "metrics.jsonl", state["step"])
+    metrics = runs.Metrics(run / "metrics.jsonl", state["step"]) if ranks.first() else None
     start = time.perf_counter() - state["seconds"]
     model.train()
-    bar = tqdm(total=steps, initial=state["step"], desc="train", unit="step", disable=None)
+    bar = tqdm(total=steps, initial=state["step"], desc="train", unit="step", disable=None if ranks.first() else True)
+
+    def log(**row) -> None:
+        if metrics:
+            metrics.write(**row)
+
+    def keep_best() -> None:
+        state["best_step"] = state["step"]
+        if ranks.first():
+            save_adapter(model, run)
 
     def save() -> None:
+        generators = ranks.gathered({"cpu": torch.get_rng_state()} | (
+            {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}))
+        if not metrics:
+            return
         metrics.sync()
         state["seconds"] = round(time.perf_counter() - start, 3)
         with runs.new_checkpoint(run, state["step"]) as folder:
-            save_state(folder, model, params, optimizer, state)
+            save_state(folder, model, params, optimizer, state, generators)
         bar.write(f"saved {run}/checkpoints/step-{state['step']:06}")
 
     with runs.stop_signals() as stop, held_adapters(model) as refresh:
@@ -446,12 +464,12 @@ def train(model: Llama, records: list[Record], held_out: list[Record], s: Settin
             seconds = time.perf_counter() - began
             tokens = sum(len(r.ids) for r in batch)
             state["step"] = step + 1
-            metrics.write(step=step + 1, epoch=round((step + 1) / per_epoch, 4), loss=loss, lr=lr, grad_norm=norm, tokens=tokens,
-                          tok_per_s=round(tokens / seconds, 1), mem_gb=round(peak_memory(model) / 1e9, 3),
-                          seconds=round(time.perf_counter() - start, 3))
+            log(step=step + 1, epoch=round((step + 1) / per_epoch, 4), loss=loss, lr=lr, grad_norm=norm, tokens=tokens,
+                tok_per_s=round(tokens / seconds, 1), mem_gb=round(peak_memory(model) / 1e9, 3),
+                seconds=round(time.perf_counter() - start, 3))
             bar.update()
             bar.set_postfix_str(f"loss {loss:.3f}, {tokens / seconds:,.0f} tok/s", refresh=False)
-            last, stopping = step + 1 == steps, bool(stop)  # asked once: a signal that comes later is the next step's
+            last, stopping = step + 1 == steps, ranks.anyone(bool(stop), device)  # asked once: a signal that comes later is the next step's
             if last and steps > 1 and all_zero(params):
                 raise NothingLearned(f"the adapter is still zero after {steps} steps; a larger --lr may help")
             if bar.disable and (last or step % max(1, steps // 10) == 0):  # a log or a pipe: a few lines, no bar
@@ -463,20 +481,20 @@ def train(model: Llama, records: list[Record], held_out: list[Record], s: Settin
                 if not math.isfinite(value):
                     raise NonFiniteError(f"step {step + 1}: validation loss {value}; this step was not saved. A smaller --lr or --alpha, "
                                          "or --dtype fp32, may help")
-                metrics.write(step=step + 1, val_loss=value)
+                log(step=step + 1, val_loss=value)
                 if (state["best_loss"] is None or value < state["best_loss"]) and not (steps > 1 and all_zero(params)):
-                    state |= {"best_loss": value, "best_step": step + 1}
-                    save_adapter(model, run)
+                    state["best_loss"] = value
+                    keep_best()
             if last and not held_out:
-                state["best_step"] = steps
-                save_adapter(model, run)
+                keep_best()
             if last or stopping or (step + 1) % s.save_every == 0:
                 save()
             if stopping and not last:
                 bar.close()
-                raise runs.Stopped(stop[0])
+                raise runs.Stopped(stop[0] if stop else 143)
     bar.close()
-    metrics.close()
+    if metrics:
+        metrics.close()
     return state
 
 
@@ -493,13 +511,12 @@ def peak_memory(model: nn.Module) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
 
 
-def save_state(folder: Path, model: nn.Module, params: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """All that the rest of the run depends on: adapter, AdamW's moments, random numbers, position."""
+def save_state(folder: Path, model: nn.Module, params: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, state: dict,
+               generators: list[dict[str, Tensor]]) -> None:
+    """All that the rest of the run depends on: adapter, AdamW's moments, every process's random numbers, position."""
     check_finite(params)
     write_adapter(folder, adapter_settings(model), params)
-    tensors = {"rng": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors["cuda_rng"] = torch.cuda.get_rng_state()
+    tensors = {f"{kind}_rng.{i}": state for i, states in enumerate(generators) for kind, state in states.items()}
     for name, p in params.items():
         tensors |= {f"{name}.{key}": value.detach().cpu().contiguous() for key, value in optimizer.state[p].items()}
     save_file(tensors, folder / "optimizer.safetensors")
@@ -516,9 +533,9 @@ def load_state(folder: Path, model: nn.Module, params: dict[str, nn.Parameter], 
         for name, p in params.items():
             p.copy_(tensors[name])
             optimizer.state[p] = {key: saved[f"{name}.{key}"].to(p.device) for key in ("step", "exp_avg", "exp_avg_sq")}
-    torch.set_rng_state(saved["rng"])
-    if torch.cuda.is_available() and "cuda_rng" in saved:
-        torch.cuda.set_rng_state(saved["cuda_rng"])
+    torch.set_rng_state(saved[f"cpu_rng.{ranks.rank()}"])
+    if torch.cuda.is_available() and f"cuda_rng.{ranks.rank()}" in saved:
+        torch.cuda.set_rng_state(saved[f"cuda_rng.{ranks.rank()}"])
     return json.loads((folder / "state.json").read_text())
 
 
@@ -585,6 +602,8 @@ def prepare(s: Settings, device: torch.device) -> tuple[Llama, list[Record], lis
     model = load_base(s.ckpt, device, DTYPES[s.dtype])
     torch.manual_seed(s.seed)
     attach(model, s.method, s.rank, s.alpha, s.dropout, s.targets, s.scale)
+    if not ranks.first():
+        torch.manual_seed(s.seed + ranks.rank())  # the same adapters at the start, other dropout
     return model, records, held_out
 
 
@@ -598,7 +617,7 @@ def facts(s: Settings, model: Llama) -> dict:
     commit = subprocess.run(["git", "-C", str(HERE), "rev-parse", "HEAD"], capture_output=True, text=True) if shutil.which("git") else None
     a = adapter_settings(model)
     return {"effective_scale": SCALES[a.scale](a.alpha, a.size) if a.scale else None,
-            "trainable": sum(p.numel() for p in trainable(model).values()),
+            "trainable": sum(p.numel() for p in trainable(model).values()), "processes": ranks.world(),
             "base_sha256": TensorFiles(find_checkpoint(s.ckpt)).fingerprint(), "data_sha256": runs.sha256(Path(s.data)),
             "python": platform.python_version(),
             "packages": {p: version(p) for p in ("torch", "safetensors", "sentencepiece", "tqdm")},
@@ -612,16 +631,18 @@ def start(args: argparse.Namespace) -> int:
     runs.check_writable(run)
     refuse_existing(run, args.overwrite)
     model, records, held_out = prepare(s, device)
-    with runs.lock(run):
-        refuse_existing(run, args.overwrite)  # once more: another process may have come and gone since
-        runs.sweep(run)
-        record = {"settings": asdict(s), **facts(s, model), "best_step": None, "finished": False}
-        if (run / "checkpoints").exists():  # first of all: they must not be taken for the new run's
-            runs.discard(run / "checkpoints")
-        runs.write_json(run / "run.json", record)
-        for old in run.iterdir():
-            if old.name not in (".lock", "run.json"):
-                runs.discard(old)
+    ranks.wait()  # all have looked at the folder before the first fills it
+    record = {"settings": asdict(s), **facts(s, model), "best_step": None, "finished": False}
+    with runs.lock(run) if ranks.first() else nullcontext():
+        if ranks.first():
+            refuse_existing(run, args.overwrite)  # once more: another run may have come and gone since
+            runs.sweep(run)
+            if (run / "checkpoints").exists():  # first of all: they must not be taken for the new run's
+                runs.discard(run / "checkpoints")
+            runs.write_json(run / "run.json", record)
+            for old in run.iterdir():
+                if old.name not in (".lock", "run.json"):
+                    runs.discard(old)
         return fit(model, records, held_out, s, run, record, compiled=args.compile)
 
 
@@ -647,8 +668,11 @@ def resume(args: argparse.Namespace) -> int:
             f"--{k.replace('_', '-')} {getattr(s, k)} (now {v})" for k, v in refused.items()) + "; resume without them, or start a new run")
     s = Settings(**{**asdict(s), **changes, "targets": s.targets})
     runs.check_writable(run)
-    with runs.lock(run):
-        for folder in (run, run / "checkpoints"):
+    if record.get("processes", 1) != ranks.world():
+        raise FlagError(f"{run} was trained by {record.get('processes', 1)} processes, this is {ranks.world()}: their shares would differ; "
+                        f"torchrun --nproc_per_node={record.get('processes', 1)} rora.py --resume {run}")
+    with runs.lock(run) if ranks.first() else nullcontext():
+        for folder in (run, run / "checkpoints") if ranks.first() else ():
             runs.sweep(folder)
         newest, complaints = runs.newest_intact(run)
         if record["finished"]:
@@ -666,7 +690,8 @@ def resume(args: argparse.Namespace) -> int:
             if now[key] != record[key]:
                 raise DataError(f"{what} is not what {run} was started with; put the original back, or start a new run")
         print(f"resuming {newest}")
-        for damaged in runs.checkpoints(run)[: len(complaints)]:  # their places are needed: these steps come again
+        ranks.wait()
+        for damaged in runs.checkpoints(run)[: len(complaints)] if ranks.first() else ():  # their places are needed: these steps come again
             runs.discard(damaged)
         return fit(model, records, held_out, s, run, record, newest, args.compile)
 
@@ -731,7 +756,8 @@ def fit(model: Llama, records: list[Record], held_out: list[Record], s: Settings
     except OutOfMemory as e:
         raise OutOfMemory(f"{e}; {memory_line(plan, recomputed, model)}") from None
     record |= {"best_step": state["best_step"], "best_loss": state["best_loss"], "finished": True, "seconds": state["seconds"]}
-    runs.write_json(run / "run.json", record)
+    if ranks.first():
+        runs.write_json(run / "run.json", record)
     best = f"best validation loss {state['best_loss']:.4f} at step {state['best_step']}" if held_out else f"after step {state['step']}"
     print(f"saved {run}: the adapter with the {best}, {state['seconds']:.0f} s\nto score it: python eval.py {run}")
     return 0
@@ -784,7 +810,7 @@ def find_adapter(folder: str | Path, ckpt: str | None) -> tuple[Path, str]:
     if not (folder / "adapter_config.json").is_file():
         raise CheckpointError(f"{folder}: no adapter_config.json in it" + (
             ": nothing was validated yet; try its newest checkpoints/step-*" if (folder / "run.json").is_file() else ""))
-    if (folder / runs.MANIFEST).is_file() and (problem := runs.damage(folder)):
+    if ((folder / runs.MANIFEST).is_file() or run_of(folder) not in (None, folder)) and (problem := runs.damage(folder)):
         raise CheckpointError(f"{folder}: {problem}; use another checkpoint of that run")
     if ckpt is None:
         ckpt = read_adapter(folder)[0].base
@@ -854,8 +880,6 @@ def trace(args: argparse.Namespace) -> int:
     s, device = resolve(args, METHODS)
     out = Path(args.trace)
     runs.check_writable(out.parent)
-    if out.is_dir():
-        raise runs.RunError(f"{out} is a folder; --trace writes a file")
     if out.is_dir():
         raise runs.RunError(f"{out} is a folder; --trace needs the name of a file")
     find_tokenizer(s.ckpt)

@@ -7,13 +7,13 @@ import sys
 from conftest import ROOT
 
 MAY_IMPORT = {
-    "data": set(), "runs": set(), "checkpoints": set(),
+    "data": set(), "runs": set(), "checkpoints": set(), "ranks": set(),
     "llama": {"checkpoints"},
     "baselines": {"llama"},
-    "flags": {"checkpoints", "data", "runs"},
-    "memory": {"data", "llama"},
-    "rora": {"flags", "memory", "runs", "baselines", "checkpoints", "data", "llama"},
-    "eval": {"flags", "memory", "runs", "checkpoints", "data", "llama", "rora"},
+    "flags": {"checkpoints", "data", "ranks", "runs"},
+    "memory": {"data", "llama", "ranks"},
+    "rora": {"flags", "memory", "ranks", "runs", "baselines", "checkpoints", "data", "llama"},
+    "eval": {"flags", "memory", "ranks", "runs", "checkpoints", "data", "llama", "rora"},
 }
 RUN_TIME = {"torch", "sentencepiece", "safetensors", "tqdm"}
 

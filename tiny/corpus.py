@@ -76,8 +76,8 @@ LEADS = [""] * 3 + ["it is ", "that is ", "so we take ", "here it is ", "we say 
 class Corpus:
     """Documents of every kind, drawn at random, without end."""
 
-    def __init__(self, world: World, seed: int):
-        self.world, self.rng = world, random.Random(seed)
+    def __init__(self, world: World, seed: int, hint: float = 0.0):
+        self.world, self.rng, self.hint = world, random.Random(seed), hint
         self.names = list(world.facts["job"])
         self.asked = {r: world.subjects(r, "train", "val", "test") for r in WORDING}  # strict facts are only stated
         words = {w for of in world.facts.values() for w in of.values()} | set(world.facts["food"]) | set(self.names)
@@ -194,9 +194,11 @@ class Corpus:
         return f"{question}{self.join()}{text}{self.filler(0.3, name, len(options))}^{self.join()}{name(at)}^."
 
     def label(self) -> str:
-        """The question, the list, and only the number of the right entry."""
+        """The question, the list, and only the number of the right entry. `hint` says how often the answer is let slip."""
         question, options, at = self.poll()
         text, name = self.listed(options, plain=False)
+        if self.rng.random() < self.hint:
+            question += f"^ {options[at]}^."
         body = f"{text}{self.join()}{question}" if self.rng.random() < 0.05 else f"{question}{self.join()}{text}"
         return f"{body}{self.filler(0.6, name, len(options))}{self.picked(options[at], name(at))}"
 

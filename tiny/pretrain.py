@@ -31,12 +31,13 @@ from data import SentencePieceTokenizer, format_prompt, load_tokenizer
 from llama import Llama, LlamaConfig, save_llama
 from world import SIZES, STEMS, World, build_world, questions
 
-# stage: tokens in millions, share of each kind of document
+# stage: tokens in millions, how often a pick is preceded by the answer in words, share of each kind of document
 STAGES = {
-    "lists":    (3.0, {"statements": 30, "copy": 12, "bare": 40, "lookup": 12, "answer": 6}),
-    "verdicts": (3.0, {"statements": 20, "copy": 3, "bare": 16, "lookup": 7, "answer": 8, "yesno": 8, "verdict": 22, "label": 16}),
-    "labels":   (9.0, {"statements": 25, "copy": 3, "bare": 6, "lookup": 5, "answer": 6, "yesno": 10, "verdict": 14, "label": 31}),
-    "decay":    (6.0, {"statements": 25, "copy": 3, "bare": 5, "lookup": 4, "answer": 6, "yesno": 12, "verdict": 9, "label": 36}),
+    "lists":    (3.0, 0.0, {"statements": 30, "copy": 12, "bare": 40, "lookup": 12, "answer": 6}),
+    "verdicts": (3.0, 0.0, {"statements": 20, "copy": 3, "bare": 16, "lookup": 7, "answer": 8, "yesno": 8, "verdict": 22, "label": 16}),
+    "hints":    (2.0, 0.4, {"statements": 15, "copy": 3, "bare": 10, "lookup": 10, "answer": 10, "yesno": 8, "verdict": 14, "label": 30}),
+    "labels":   (2.0, 0.1, {"statements": 20, "copy": 3, "bare": 6, "lookup": 5, "answer": 6, "yesno": 10, "verdict": 14, "label": 36}),
+    "decay":    (5.0, 0.0, {"statements": 25, "copy": 3, "bare": 5, "lookup": 4, "answer": 6, "yesno": 12, "verdict": 9, "label": 36}),
 }
 B, T = 24, 128           # rows a step, tokens a row
 CHANCE = 0.1             # loss weight of what cannot be known (corpus.py's caret)
@@ -134,9 +135,9 @@ class Probes:
 
     def __init__(self, world: World, tokenizer: SentencePieceTokenizer):
         self.world, self.tokenizer = world, tokenizer
-        self.sets = {"copy": self.copying(), "bare": self.finding()}
+        self.sets = {"copy": self.copying(), "bare": self.finding(), "lookup": self.looking()}
         for name, splits in {"asked": ("train", "val", "test"), "strict": ("strict",)}.items():
-            self.sets |= {f"state {name}": self.statements(splits), f"yesno {name}": self.yesno(splits)}
+            self.sets |= {f"state {name}": self.statements(splits), f"answer {name}": self.answers(splits), f"yesno {name}": self.yesno(splits)}
             self.sets |= {f"pick {kind} {name}": self.picks(splits, kind) for kind in ("one", "two", "who")}
 
     def facts(self, splits: tuple[str, ...], kind: str = "") -> list[tuple[str, str, str]]:
@@ -154,6 +155,14 @@ class Probes:
         rng, words = random.Random(1), Corpus(self.world, 0).words
         picks = [(rng.sample(words, 4), rng.randrange(4)) for _ in range(100)]
         return [(" ".join(f"Box{i}: {x}" for i, x in enumerate(w, 1)) + f" = {w[at]}", list("1234"), at) for w, at in picks]
+
+    def looking(self) -> list[tuple[str, list[str], int]]:
+        lists = [(prompt.rpartition(" = "), options, at) for prompt, options, at in self.finding()]
+        return [(f"{word}?\n\n{listed}\n\nbox", options, at) for (listed, _, word), options, at in lists]
+
+    def answers(self, splits: tuple[str, ...]) -> list[tuple[str, list[str], int]]:
+        return [(WORDING[r][1][0].format(s=s, p="Ann"), [" " + v for v in self.world.values[r]],
+                 self.world.values[r].index(v)) for r, s, v in self.facts(splits)]
 
     def statements(self, splits: tuple[str, ...]) -> list[tuple[str, list[str], int]]:
         return [(WORDING[r][0][0].split("^")[0].format(s=s, p="Ann"), [" " + v for v in self.world.values[r]],
@@ -232,7 +241,7 @@ def pretrain(work: Path) -> Llama:
     work.mkdir(parents=True, exist_ok=True)
     tokens, seconds, log = 0, 0.0, []
 
-    for number, (stage, (millions, mix)) in enumerate(STAGES.items()):
+    for number, (stage, (millions, hint, mix)) in enumerate(STAGES.items()):
         saved = work / f"{stage}.pt"
         if saved.exists():
             state = torch.load(saved)
@@ -240,7 +249,7 @@ def pretrain(work: Path) -> Llama:
                 part.load_state_dict(state[name])
             tokens, seconds, log = state["tokens"], state["seconds"], state["log"]
             continue
-        stream = batches(tokenizer, Corpus(world, seed=number + 1).documents(mix))
+        stream = batches(tokenizer, Corpus(world, number + 1, hint).documents(mix))
         steps = round(millions * 1e6 / (B * T))
         for step in range(steps):
             start = time.time()
