@@ -12,6 +12,7 @@ import json
 import math
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -44,7 +45,9 @@ def read_json(path: Path) -> dict:
 def read_pickle(path: Path) -> dict[str, Tensor]:
     """The tensors of a .bin or .pth file, mapped rather than read where the file allows. Never executes code."""
     try:
-        state = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, about a file that is refused anyhow
+            state = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
     except pickle.UnpicklingError:
         raise CheckpointError(f"{path}: refused: it holds more than tensors, or is damaged") from None
     except Exception as e:  # a damaged archive raises whatever its reader trips over

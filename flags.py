@@ -113,11 +113,12 @@ def find_checkpoint(name: str) -> Path:
 
 
 def find_device(name: str | None) -> torch.device:
+    """With its number where there are several: under torchrun "cuda" alone would be the first GPU for some, ours for others."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device.type not in ("cuda", "cpu", "mps"):
             raise RuntimeError("choose cuda, cpu or mps")
-        torch.empty(0, device=device)
+        device = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as e:
         raise FlagError(f"--device {name}: {str(e).splitlines()[0]}") from None
     return device

@@ -274,7 +274,8 @@ class Attention(nn.Module):
         every = torch.arange(rows.B, device=q.device)
         keys[every, :, rows.positions], values[every, :, rows.positions] = k, v
         visible = torch.arange(keys.size(2), device=q.device) <= rows.positions[:, None]  # (B, S)
-        return sdpa(q[:, :, None], keys, values, visible[:, None, None])[:, :, 0]         # (B, H, D)
+        q = q.view(rows.B, self.n_kv_heads, -1, self.head_dim)  # (B, G, H/G, D): the queries that share a key head
+        return sdpa(q, keys, values, visible[:, None, None]).flatten(1, 2)                # (B, H, D)
 
 
 class SwiGLU(nn.Module):

@@ -83,8 +83,8 @@ class Corpus:
         words = {w for of in world.facts.values() for w in of.values()} | set(world.facts["food"]) | set(self.names)
         self.words = sorted(words)
         self.kinds: dict[str, Callable[[], str]] = {
-            "statements": self.statements, "copy": self.copy, "bare": self.bare, "lookup": self.lookup,
-            "answer": self.answer, "yesno": self.yesno, "verdict": self.verdict, "label": self.label}
+            "statements": self.statements, "copy": self.copy, "bare": self.bare, "lookup": self.lookup, "quiz": self.quiz,
+            "answer": self.answer, "same": self.same, "yesno": self.yesno, "verdict": self.verdict, "label": self.label}
 
     def documents(self, mix: dict[str, float]) -> Iterator[str]:
         kinds, weights = list(mix), list(mix.values())
@@ -133,7 +133,17 @@ class Corpus:
             if self.rng.random() < 0.5:
                 value, says = self.rng.choice([v for v in self.world.values[relation] if v != value]), "no"
             check = self.fill(self.rng.choice(WORDING[relation][2]), subject, value)
-            parts.append(check + self.filler(0.5) + self.rng.choice(["^ ", "^ it is ", "^ we say "]) + says + "^.")
+            slip = f"^ {self.world.facts[relation][subject]}^," if self.rng.random() < self.hint else ""
+            parts.append(check + slip + self.filler(0.3) + self.rng.choice(["^ ", "^ it is ", "^ we say "]) + says + "^.")
+        return " ".join(parts)
+
+    def same(self) -> str:
+        """Is this word that word? What yes and no come down to."""
+        parts = []
+        for _ in range(6):
+            a, b = self.rng.sample(self.words, 2)
+            b, says = (a, "yes") if self.rng.random() < 0.5 else (b, "no")
+            parts.append(self.rng.choice(["is {a} {b}?", "{a}, {b}?", "{a} and {b}?"]).format(a=a, b=b) + f"^ {says}^.")
         return " ".join(parts)
 
     # --- picking from a list ---
@@ -159,11 +169,27 @@ class Corpus:
         return f"{text}{self.rng.choice([' =', ' =', '.', self.filler(1)])}{asks}."
 
     def lookup(self) -> str:
-        """A word named before the list."""
+        """A word is named, and its entry's label follows: at once and many times, or once with the list between."""
         words = self.rng.sample(self.words, self.rng.randint(2, 5))
         text, name = self.listed(words, plain=False)
+        if self.rng.random() < 0.6:
+            lead = self.rng.choice(LEADS)
+            return text + self.join() + "".join(f"{words[i]}?^ {lead}{name(i)}^. " for i in self.rng.choices(range(len(words)), k=5)).strip()
         i = self.rng.randrange(len(words))
         return f"{words[i]}?{self.join()}{text}{self.filler(0.5, name, len(words))}{self.picked(words[i], name(i))}"
+
+    def quiz(self) -> str:
+        """One list, many questions: dense, so that recalling and picking are soon one motion."""
+        relation = self.rng.choice(list(WORDING))
+        facts = self.world.facts[relation]
+        words = self.rng.sample(self.world.values[relation], self.rng.randint(2, 5))
+        text, name = self.listed(words, plain=False)
+        lead = self.rng.choice(LEADS)
+        asks = []
+        for subject in self.rng.choices([s for s in self.asked[relation] if facts[s] in words], k=4):
+            question = self.fill(self.rng.choice(WORDING[relation][1]), subject, facts[subject])
+            asks.append(f"{question}^ {lead}{name(words.index(facts[subject]))}^.")
+        return text + self.join() + " ".join(asks)
 
     def poll(self) -> tuple[str, list[str], int]:
         """(question, options, place of the right one)."""

@@ -35,9 +35,9 @@ from world import SIZES, STEMS, World, build_world, questions
 STAGES = {
     "lists":    (3.0, 0.0, {"statements": 30, "copy": 12, "bare": 40, "lookup": 12, "answer": 6}),
     "verdicts": (3.0, 0.0, {"statements": 20, "copy": 3, "bare": 16, "lookup": 7, "answer": 8, "yesno": 8, "verdict": 22, "label": 16}),
-    "hints":    (2.0, 0.4, {"statements": 15, "copy": 3, "bare": 10, "lookup": 10, "answer": 10, "yesno": 8, "verdict": 14, "label": 30}),
-    "labels":   (2.0, 0.1, {"statements": 20, "copy": 3, "bare": 6, "lookup": 5, "answer": 6, "yesno": 10, "verdict": 14, "label": 36}),
-    "decay":    (5.0, 0.0, {"statements": 25, "copy": 3, "bare": 5, "lookup": 4, "answer": 6, "yesno": 12, "verdict": 9, "label": 36}),
+    "quizzes":  (2.0, 0.3, {"statements": 14, "copy": 3, "bare": 8, "lookup": 22, "quiz": 24, "answer": 6, "yesno": 6, "verdict": 7, "label": 10}),
+    "labels":   (2.0, 0.1, {"statements": 18, "copy": 3, "bare": 5, "lookup": 6, "quiz": 10, "answer": 6, "yesno": 10, "verdict": 12, "label": 30}),
+    "decay":    (5.0, 0.0, {"statements": 22, "copy": 3, "bare": 4, "lookup": 5, "quiz": 6, "answer": 6, "yesno": 12, "verdict": 8, "label": 34}),
 }
 B, T = 24, 128           # rows a step, tokens a row
 CHANCE = 0.1             # loss weight of what cannot be known (corpus.py's caret)
