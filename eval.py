@@ -24,7 +24,7 @@ from tqdm import tqdm
 import memory
 import ranks
 import runs
-from checkpoints import TensorFiles, adapter_file, read_json
+from checkpoints import CheckpointError, TensorFiles, adapter_file, read_json
 from data import TASKS, DataError, Record, collate, extract_answer, find_test_file, format_prompt, load_examples, offered_answers
 from flags import (CHECKPOINTS, DTYPES, PAPER, FlagError, Parser, at_least, exit_code, find_checkpoint, find_device, find_dtype,
                    naming_memory)
@@ -132,10 +132,13 @@ def run_table(folders: list[Path]) -> str:
             continue
         results = read_json(path)
         s = read_run(folder)["settings"] if (folder / "run.json").is_file() else {}
-        method = "base" if results["adapter_sha256"] is None else s.get("method", "–")
-        cells = [f"{results['tasks'][t]['accuracy']:.1f}" if t in results["tasks"] else "–" for t in TASKS]
-        mean = "–" if results["mean"] is None else f"{results['mean']:.1f}"
-        n = sum(r["n"] for r in results["tasks"].values())
+        try:
+            method = "base" if results["adapter_sha256"] is None else s.get("method", "–")
+            cells = [f"{results['tasks'][t]['accuracy']:.1f}" if t in results["tasks"] else "–" for t in TASKS]
+            mean = "–" if results["mean"] is None else f"{results['mean']:.1f}"
+            n = sum(r["n"] for r in results["tasks"].values())
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise CheckpointError(f"{path}: not as eval.py wrote it; python eval.py {folder} makes it again") from None
         lines.append("| " + " | ".join([folder.name, method, *(str(s.get(k, "–")) for k in ("rank", "seed")), str(n), *cells, mean]) + " |")
     if len(lines) == 2:
         raise FlagError("none of these folders has been scored; python eval.py RUN does that")

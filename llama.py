@@ -199,11 +199,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, rows: Rows, past: tuple[Tensor, Tens
     """Causal attention inside every row: softmax(q·k / √D) v.
 
     (N, H, D), (N, G, D), (N, G, D) -> (N, H, D). `past`: keys and values, each (G, P, D), that every row sees as if
-    they stood before its first token. On CUDA rows of any length go through one kernel; elsewhere, and behind a
-    prefix, they are padded for the attention alone.
+    they stood before its first token. On CUDA all rows go through one kernel, on a CPU they take turns; behind a prefix,
+    and where neither is to be had, they are padded for the attention alone.
     """
     if varlen_attn is not None and q.is_cuda and q.dtype != torch.float32 and past is None:
         return varlen_attn(q, k, v, rows.cu_seq, rows.cu_seq, rows.T, rows.T, **_varlen_flags(q.size(1) != k.size(1)))
+    if q.device.type == "cpu" and past is None and not rows.even:
+        each = zip(*(x.transpose(0, 1).split(rows.lengths, dim=1) for x in (q, k, v)))  # a row's (H, T, D), (G, T, D), (G, T, D)
+        return torch.cat([sdpa(*(x[None] for x in row), None, causal=True)[0].transpose(0, 1) for row in each])
     q, k, v = rows.pad(q), rows.pad(k), rows.pad(v)
     mask = None
     if past is not None:

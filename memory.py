@@ -74,7 +74,7 @@ class MemoryPlan:
 
 
 def plan(model: Llama, batch: Batch, logit_bytes: int) -> MemoryPlan:
-    """Run the first block on `batch`, with gradients as in training, and count."""
+    """Run the first block on `batch`, with gradients as in training, and count. logit_bytes: of fp32 logits held at once."""
     device = model.lm_head.weight.device
     rows = model.rows(batch.lengths)
     x = model.embed_tokens(batch.ids.to(device)).detach().requires_grad_()
@@ -86,7 +86,7 @@ def plan(model: Llama, batch: Batch, logit_bytes: int) -> MemoryPlan:
         tokens=sum(batch.lengths), blocks=len(model.layers), block=block, block_input=x.nbytes,
         weights=sum(p.nbytes for p in model.parameters() if not p.requires_grad),
         adapters=sum(p.numel() * (16 + (size if size < 4 else 0)) for p in trained),
-        logits=int(slice_bytes * (2 + size / 4)) + 3 * x.numel() * 4)  # fp32 logits and their gradient, the base's own; final norm
+        logits=int(slice_bytes * (2 + size / 4)) + 4 * x.numel() * 4)  # fp32 logits, their gradient, the base's own; the final norm
 
 
 def available(device: torch.device) -> int:

@@ -38,7 +38,6 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import memory
@@ -335,7 +334,6 @@ def merge(model: Llama) -> None:
 
 # --- the loop --------------------------------------------------------------------------------------
 
-LOGIT_BYTES = 1 << 28  # fp32 logits held at once: 2,048 tokens of a vocabulary of 32,000
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
@@ -347,20 +345,44 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
 
 
 def loss_sum(model: Llama, batch: Batch, checkpoint_blocks: int = 0) -> Tensor:
-    """Cross-entropy summed over the batch's targets, fp32. Logits are made only where there is a target, and no more
-    than LOGIT_BYTES of them at once: further slices are made again in the backward pass instead of being kept."""
+    """Cross-entropy summed over the batch's targets, fp32. Logits are made only where there is a target."""
     device = model.lm_head.weight.device
     hidden = model.hidden(batch.ids.to(device), model.rows(batch.lengths), checkpoint_blocks=checkpoint_blocks)
     learned = (batch.targets != IGNORE).nonzero().squeeze(1)
     hidden, targets = hidden[learned.to(device)], batch.targets[learned].to(device)  # (n, C), (n,)
 
-    def cross_entropy(hidden: Tensor, targets: Tensor) -> Tensor:
+    if model.lm_head.weight.requires_grad:  # the plain thing, which HeadLoss equals where the head is frozen
         return F.cross_entropy(model.lm_head(hidden).float(), targets, reduction="sum")
+    return HeadLoss.apply(hidden, targets, model.lm_head, max(1, logit_bytes(device) // (4 * model.cfg.vocab_size)))
 
-    slices = list(zip(*(x.split(max(1, LOGIT_BYTES // (4 * model.cfg.vocab_size))) for x in (hidden, targets))))
-    if len(slices) == 1:
-        return cross_entropy(hidden, targets)
-    return torch.stack([checkpoint(cross_entropy, *s, use_reentrant=False) for s in slices]).sum()
+
+def logit_bytes(device: torch.device) -> int:
+    """fp32 logits held at once: on a GPU 2,048 tokens of a vocabulary of 32,000, on a CPU as many as its cache holds."""
+    return 1 << 28 if device.type == "cuda" else 1 << 25
+
+
+class HeadLoss(torch.autograd.Function):
+    """Summed cross-entropy of a frozen head, in slices. The head needs no gradient, so all that backward asks for is that
+    of `hidden`: it is made beside the loss, and each slice's logits are dropped at once instead of kept or made twice."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, targets: Tensor, head: nn.Linear, size: int) -> Tensor:  # (n, C), (n,) -> ()
+        needed = ctx.needs_input_grad[0]
+        total, gradients = torch.zeros((), device=hidden.device), []
+        for x, t in zip(hidden.split(size), targets.split(size)):
+            with torch.set_grad_enabled(needed):
+                x = x.detach().requires_grad_(needed)
+                loss = F.cross_entropy(head(x).float(), t, reduction="sum")
+            if needed:
+                gradients += torch.autograd.grad(loss, x)
+            total += loss.detach()
+        if needed:
+            ctx.save_for_backward(torch.cat(gradients))
+        return total
+
+    @staticmethod
+    def backward(ctx, d: Tensor) -> tuple:
+        return (ctx.saved_tensors[0] * d).to(ctx.saved_tensors[0].dtype), None, None, None
 
 
 def train_step(model: Llama, records: list[Record], optimizer: torch.optim.Optimizer, lr: float, micro_batch_size: int,
@@ -722,7 +744,7 @@ def plan_memory(model: Llama, records: list[Record], s: Settings) -> tuple[memor
     with held_adapters(model) as refresh, torch.random.fork_rng(), torch.no_grad():  # the run's own random numbers stay undrawn
         refresh()
         with torch.enable_grad():
-            plan = memory.plan(model, collate(largest), LOGIT_BYTES)
+            plan = memory.plan(model, collate(largest), logit_bytes(device))
     names = {"none": 0, "all": plan.blocks, "auto": plan.fewest_recomputed(int(0.92 * memory.available(device)))}
     return plan, largest, names.get(s.checkpoint_blocks, s.checkpoint_blocks)
 

@@ -24,13 +24,14 @@ import traceback
 from pathlib import Path
 
 import torch
-from helpers import (ROOT, World, flags, go_on, instants, interrupt, killed, make_records, make_tokenizer, make_world, outcome, run, runs, score, tree,
+from helpers import (ROOT, World, flags, go_on, instants, interrupt, killed, make_records, make_tokenizer, make_world, outcome, run, runs,
+                     score, tree,
                      watched_disk)
 from safetensors.torch import load_file
 
 import checkpoints
 
-SHORT = {"max_steps": 4, "epochs": None, "save_every": 1, "eval_every": 2}
+SHORT = {"max_steps": 3, "epochs": None, "save_every": 1, "eval_every": 2}
 
 
 # --- every instant of a run ------------------------------------------------------------------------
@@ -86,23 +87,22 @@ def every_instant(folder: Path):
 # --- a real process --------------------------------------------------------------------------------
 
 
-def real_kills(folder: Path, kills: int = 24, seed: int = 1):
+def real_kills(folder: Path, kills: int = 21, seed: int = 1):
     """Yields (fault, what went wrong or None): `kills` real processes, killed wherever they are, then one that may finish."""
     rng = random.Random(seed)
     world = make_world(folder / "world", 26)
     settings = {"max_steps": 400, "epochs": None, "save_every": 2, "eval_every": 7}
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    start = lambda *argv: subprocess.Popen([sys.executable, str(ROOT / "rora.py"), *map(str, argv)], env=env, stdout=subprocess.PIPE,
+    start = lambda *argv: subprocess.Popen([sys.executable, str(ROOT / argv[0]), *map(str, argv[1:])], env=env, stdout=subprocess.PIPE,
                                            stderr=subprocess.STDOUT, text=True)
     whole, cut = folder / "whole", folder / "cut"
-    alone = start(*flags(world, whole, **settings))
+    alone = start("rora.py", *flags(world, whole, **settings))
     said = alone.communicate(timeout=300)[0]
     assert alone.returncode == 0, said
     fault = "SIGKILL of a real process at a random time, then --resume"
-    argv, seen = flags(world, cut, **settings), 0
+    argv, seen, metrics = flags(world, cut, **settings), 0, cut / "metrics.jsonl"
     for _ in range(kills):
-        process = start(*argv)
-        metrics = cut / "metrics.jsonl"
+        process = start("rora.py", *argv)
         size = metrics.stat().st_size if metrics.exists() else 0
         deadline = time.monotonic() + 60
         while process.poll() is None and time.monotonic() < deadline and (metrics.stat().st_size if metrics.exists() else 0) <= size:
@@ -127,16 +127,41 @@ def real_kills(folder: Path, kills: int = 24, seed: int = 1):
         yield fault, problem
         if process.returncode == 0:
             break
-    process = start(*argv)
+    for number, code in [(signal.SIGTERM, 143), (signal.SIGINT, 130)]:
+        size = metrics.stat().st_size
+        process = start("rora.py", *argv)
+        while process.poll() is None and metrics.stat().st_size <= size:
+            time.sleep(0.002)
+        process.send_signal(number)
+        said = process.communicate(timeout=60)[0]
+        polite = process.returncode == code and f"--resume {cut}" in said and not any(map(runs.damage, runs.checkpoints(cut)))
+        yield "SIGTERM and SIGINT to a real process", None if polite else f"exit {process.returncode}: {said[-300:]}"
+    process = start("rora.py", *argv)
     said = process.communicate(timeout=300)[0]
     equal = process.returncode == 0 and outcome(cut) == outcome(whole)
     yield "the survivor's adapter, optimizer and metrics against a run left alone, bit for bit", None if equal else f"differ: {said[-300:]}"
 
+    scoring = lambda out: ["eval.py", whole, "--data", world.tests, "--batch-size", 1, "--out", out]
+    out = folder / "cut-scores"
+    for questions in (1, 4, 9):
+        process = start(*scoring(out))
+        while process.poll() is None and sum(len(file.read_bytes().splitlines()) for file in out.glob("*.jsonl")) < questions:
+            time.sleep(0.002)
+        time.sleep(rng.random() * 0.05)
+        process.kill()
+        process.communicate()
+        yield "SIGKILL of a real scoring at a random time", None if process.returncode == -signal.SIGKILL else "ended by itself"
+    ended = [start(*scoring(o)).communicate(timeout=300) for o in (out, folder / "whole-scores")]
+    equal = tree(out) == tree(folder / "whole-scores")
+    yield "its answers and scores against a scoring left alone, byte for byte", None if equal else f"differ: {ended}"
+
 
 # --- mutated input ---------------------------------------------------------------------------------
 
-ODD = [None, True, False, -1, 0, 1, 2, 3, 0.5, -0.0, 1e-300, 1e300, 10**30, 2**31, 2**63, float("nan"), float("inf"), -float("inf"), "", " ", "x", "../x",
-       "/etc/passwd", "\ud800", "\x1b[31m", "a\0b", "a\nb", "ü" * 300, [], {}, [[]], {"a": 1}, ["q_proj"], [None], "q_proj", "sqrt", "linear"]
+ODD = [None, True, False, -1, 0, 1, 2, 3, 0.5, -0.0, 1e-300, 1e300, 10**30, 2**31, 2**63, float("nan"), float("inf"), -float("inf"),
+       "", " ", "x", "../x",
+       "/etc/passwd", "\ud800", "\x1b[31m", "a\0b", "a\nb", "ü" * 300, [], {}, [[]], {"a": 1}, ["q_proj"], [None], "q_proj", "sqrt",
+       "linear"]
 
 
 def odd_bytes(rng: random.Random, content: bytes, focus: int = 4000) -> bytes:
@@ -213,8 +238,10 @@ def odd_flags(rng: random.Random) -> list[str]:
              "--val-size", "--max-steps", "--batch-size", "--micro-batch-size", "--lr", "--warmup", "--seed", "--device", "--dtype",
              "--checkpoint-blocks", "--eval-every", "--save-every", "--resume", "--merge", "--export-scale", "--trace", "--out", "--epochs",
              "--nonsense", "--ra", "--overwrite"]
-    values = ["-1", "0", "1", "2", "0.5", "1.0", "nan", "inf", "-inf", "1e400", "1e-400", "9" * 30, "9" * 5000, str(2**63), "", " ", "x", "../x", "base",
-              "train.json", "tests", "lora", "dora", "prefix", "series", "sqrt", "linear", "q_proj", "self_attn", "lm_head", "cuda", "meta", "cpu:9",
+    values = ["-1", "0", "1", "2", "0.5", "1.0", "nan", "inf", "-inf", "1e400", "1e-400", "9" * 30, "9" * 5000, str(2**63),
+              "", " ", "x", "../x", "base",
+              "train.json", "tests", "lora", "dora", "prefix", "series", "sqrt", "linear", "q_proj", "self_attn", "lm_head", "cuda",
+              "meta", "cpu:9",
               "fp32", "bf16", "all", "none", "plain", "answer", "١", "1_0", "a\0b", "\ud800", "x" * 300]
     words = []
     for _ in range(rng.choice([1, 1, 2])):
@@ -241,7 +268,7 @@ def fuzz(folder: Path, count: int, seed: int = 0):
     shutil.copytree(template, here)
     os.chdir(here)
     try:
-        assert interrupt(3, *flags(inside, "half", **SHORT)).code == 130
+        assert interrupt(3, *flags(inside, "half", **SHORT | {"max_steps": 4})).code == 130
         assert run(*flags(inside, "done", **small)).code == 0
         assert run(*flags(inside, "dora", **small, method="dora", scale="sqrt")).code == 0
         assert run(*flags(inside, "prefix", **small | {"dropout": None, "alpha": None}, method="prefix")).code == 0
@@ -309,9 +336,7 @@ def fuzz(folder: Path, count: int, seed: int = 0):
                 problem = problem or f"refused, but wrote {sorted(changed)}"
             if Path("executed").exists():
                 problem = "a pickle was executed"
-        except (KeyboardInterrupt, SystemError):
-            raise
-        except BaseException:
+        except Exception:
             problem = "escaped: " + traceback.format_exc().strip().replace("\n", " | ")[-700:]
         finally:
             signal.alarm(0)
@@ -328,16 +353,17 @@ def tokenizer_of_size(size: int) -> bytes:
 def complaint(result) -> str | None:
     """What is not clean about how a program ended."""
     lines = [line for line in result.err.splitlines() if not line.startswith("note: ")]
-    if result.code not in (0, 1, 2, 3, 4):
+    if result.code not in (0, 1, 2, 3, 4):  # no signal was sent
         return f"exit code {result.code}"
-    if result.code == 0 and lines or result.code and (len(lines) != 1 or not lines[0].startswith(("rora: ", "eval: ")) or len(lines[0]) > 2100):
+    one = len(lines) == 1 and lines[0].startswith(("rora: ", "eval: ")) and len(lines[0]) < 2100
+    if lines and not result.code or result.code and not one:
         return f"exit {result.code} with {len(lines)} lines on stderr: {result.err[:500]!r}"
     return None
 
 
 def main(parts: list[str]) -> int:
     signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(TimeoutError("a minute")))
-    jobs = {"instants": every_instant, "kills": real_kills, "fuzz": lambda folder: fuzz(folder, 1240)}
+    jobs = {"instants": every_instant, "kills": real_kills, "fuzz": lambda folder: fuzz(folder, 1054)}
     counts: dict[str, list[int]] = {}
     began = time.monotonic()
     for part in parts or jobs:

@@ -15,6 +15,7 @@ from helpers import (at_step, flags, go_on, instants, interrupt, judge, killed, 
 from safetensors.torch import load_file
 
 import runs
+from data import epoch_order
 
 SHORT = {"max_steps": 4, "epochs": None, "save_every": 1, "eval_every": 2}  # four saves, two validations
 
@@ -150,8 +151,8 @@ def test_an_impossible_output_folder_is_refused(world, tmp_path, out):
 # --- a damaged checkpoint --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("file", ["adapter_model.safetensors", "optimizer.safetensors", "state.json", "MANIFEST.json"])
-@pytest.mark.parametrize("how", ["flipped", "cut", "gone"])
+@pytest.mark.parametrize("file, how", [("adapter_model.safetensors", "flipped"), ("optimizer.safetensors", "cut"), ("state.json", "gone"),
+                                       ("MANIFEST.json", "flipped"), ("MANIFEST.json", "cut"), ("MANIFEST.json", "gone")])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(world, whole, tmp_path, file, how):
     interrupt(3, *flags(world, tmp_path / "run", **SHORT))
     path = tmp_path / "run" / "checkpoints" / "step-000003" / file
@@ -198,19 +199,15 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step_and_the_reco
         with at_step(2, lambda: monkeypatch.setattr(rora, "loss_sum", lambda *a, **k: loss_sum(*a, **k) * poison)):
             result = run(*flags(world, folder, **SHORT, val_size=0))
         monkeypatch.undo()
-        numbers = [r.number for r in sorted_batch(world, step=2)]
-        refused(result, 4, "step 3", ", ".join(map(str, numbers)), str(world.data))
+        refused(result, 4, "step 3", ", ".join(map(str, batch_of(step=3))), str(world.data))
         assert runs.checkpoints(folder)[0].name == "step-000002" and not any(map(runs.damage, runs.checkpoints(folder)))
         assert all(t.isfinite().all() for c in runs.checkpoints(folder) for t in load_file(c / "optimizer.safetensors").values())
         assert run("--resume", folder).code == 0
 
 
-def sorted_batch(world, step):
-    """The records of a step, from the data's own order."""
-    from data import Record, epoch_order
-    n = 14
-    order = epoch_order(n, 0, 0)
-    return [Record(None, 0, j + 1) for j in order[step * 4 : step * 4 + 4]]
+def batch_of(step: int) -> list[int]:
+    """The numbers of the records of a step (from 1) of the first epoch, with all 14 to train on."""
+    return [j + 1 for j in epoch_order(14, seed=0, epoch=0)[4 * step - 4 : 4 * step]]
 
 
 def test_a_gradient_that_is_not_finite_reaches_no_weight(world, tmp_path, monkeypatch):
@@ -230,13 +227,30 @@ def test_a_gradient_that_is_not_finite_reaches_no_weight(world, tmp_path, monkey
     assert runs.checkpoints(tmp_path / "run")[0].name == "step-000002"
 
 
-def test_weights_or_validation_that_overflow_are_not_saved(world, tmp_path):
-    for i, change in enumerate([{"lr": 3e38 / 2**70, "val_size": 0}, {"lr": 1e18}]):
-        result = run(*flags(world, tmp_path / str(i), **SHORT | {"max_steps": 30}, warmup=0, **change))
-        refused(result, 4, "")
-        for folder in [tmp_path / str(i), *runs.checkpoints(tmp_path / str(i))]:
-            if (folder / "adapter_model.safetensors").exists():
-                assert all(t.isfinite().all() for t in load_file(folder / "adapter_model.safetensors").values())
+def test_weights_that_overflow_are_not_saved(world, tmp_path, monkeypatch):
+    train_step = rora.train_step
+
+    def overflow(model, *rest):
+        result = train_step(model, *rest)
+        if (tmp_path / "run" / "checkpoints").exists():  # the second step
+            model.layers[0].self_attn.q_proj.lora_B.data[0, 0] = float("inf")
+        return result
+
+    monkeypatch.setattr(rora, "train_step", overflow)
+    refused(run(*flags(world, tmp_path / "run", **SHORT, val_size=0)), 4, "layers.0.self_attn.q_proj.lora_B holds NaN or infinity")
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000001"]
+
+
+def test_a_learning_rate_that_blows_the_weights_up_ends_without_a_bad_file(world, tmp_path):
+    refused(run(*flags(world, tmp_path / "run", **SHORT | {"max_steps": 30, "eval_every": 1}, warmup=0, lr=1e18)), 4, "step")
+    for path in (tmp_path / "run").rglob("*.safetensors"):
+        assert all(t.isfinite().all() for t in load_file(path).values()), path
+
+
+def test_a_validation_loss_that_is_not_finite_chooses_no_adapter(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(rora, "validation_loss", lambda *a: float("nan"))
+    refused(run(*flags(world, tmp_path / "run", **SHORT)), 4, "step 2: validation loss nan")
+    assert not (tmp_path / "run" / "adapter_model.safetensors").exists() and "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
 def test_an_infinite_adapter_and_no_adapter_at_all_are_never_saved(tiny, tmp_path):
@@ -277,7 +291,7 @@ def test_a_layer_that_gets_no_gradient_stops_the_run_and_is_named(world, tmp_pat
 # --- memory ----------------------------------------------------------------------------------------
 
 LACKS = [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has"), MemoryError(),
-         RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")]
+         RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory")]
 
 
 @pytest.mark.parametrize("lack", LACKS, ids=lambda e: type(e).__name__)

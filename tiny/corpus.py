@@ -165,7 +165,8 @@ class Corpus:
         """painter2: the word itself asks for its number. Dense, and with replacement: without it one learns to eliminate."""
         words = self.rng.sample(self.words, self.rng.randint(2, 5))
         text, _ = self.listed(words, plain=True)
-        asks = "".join(f" {words[i]}^{i + 1}^" for i in self.rng.choices(range(len(words)), k=8))
+        link = self.rng.choice(["", "", ":", " is number", "? number", "? it is number"])  # the answer moves away, word by word
+        asks = "".join(f" {words[i]}{link}^{i + 1}^" for i in self.rng.choices(range(len(words)), k=8))
         return f"{text}{self.rng.choice([' =', ' =', '.', self.filler(1)])}{asks}."
 
     def lookup(self) -> str:

@@ -35,13 +35,13 @@ from world import SIZES, STEMS, World, build_world, questions
 STAGES = {
     "lists":    (3.0, 0.0, {"statements": 30, "copy": 12, "bare": 40, "lookup": 12, "answer": 6}),
     "verdicts": (3.0, 0.0, {"statements": 20, "copy": 3, "bare": 16, "lookup": 7, "answer": 8, "yesno": 8, "verdict": 22, "label": 16}),
-    "quizzes":  (2.0, 0.3, {"statements": 14, "copy": 3, "bare": 8, "lookup": 22, "quiz": 24, "answer": 6, "yesno": 6, "verdict": 7, "label": 10}),
-    "labels":   (2.0, 0.1, {"statements": 18, "copy": 3, "bare": 5, "lookup": 6, "quiz": 10, "answer": 6, "yesno": 10, "verdict": 12, "label": 30}),
-    "decay":    (5.0, 0.0, {"statements": 22, "copy": 3, "bare": 4, "lookup": 5, "quiz": 6, "answer": 6, "yesno": 12, "verdict": 8, "label": 34}),
+    "quizzes":  (1.5, 0.4, {"statements": 14, "copy": 4, "bare": 22, "lookup": 20, "quiz": 24, "answer": 5, "same": 6, "yesno": 5, "verdict": 5, "label": 7}),
+    "labels":   (2.5, 0.2, {"statements": 18, "copy": 3, "bare": 4, "lookup": 8, "quiz": 14, "answer": 5, "same": 4, "yesno": 10, "verdict": 8, "label": 26}),
+    "decay":    (4.0, 0.0, {"statements": 22, "copy": 3, "bare": 4, "lookup": 5, "quiz": 6, "answer": 5, "same": 3, "yesno": 12, "verdict": 6, "label": 34}),
 }
 B, T = 24, 128           # rows a step, tokens a row
 CHANCE = 0.1             # loss weight of what cannot be known (corpus.py's caret)
-MUON_LR, ADAM_LR, WARMUP = 0.02, 3e-3, 100
+MUON_LR, ADAM_LR, WARMUP = 0.012, 2e-3, 100
 
 
 # --- tokenizer -------------------------------------------------------------------------------------
@@ -230,7 +230,8 @@ def weighted_loss(model: Llama, ids: Tensor, weights: Tensor) -> Tensor:  # (B, 
 def pretrain(work: Path) -> Llama:
     """All stages, each continued from the last one's file in `work` if that is there."""
     world = build_world()
-    (HERE / "tokenizer.model").write_bytes(train_tokenizer(world))
+    if not (HERE / "tokenizer.model").exists():  # other ids would make finished stages worthless
+        (HERE / "tokenizer.model").write_bytes(train_tokenizer(world))
     tokenizer = load_tokenizer(HERE)
     model, probes = build_model(tokenizer.vocab_size), Probes(world, tokenizer)
     matrices = [p for name, p in model.named_parameters() if name.startswith("layers") and p.dim() == 2]
@@ -247,11 +248,10 @@ def pretrain(work: Path) -> Llama:
             state = torch.load(saved)
             for part, name in ((model, "model"), (muon, "muon"), (adam, "adam")):
                 part.load_state_dict(state[name])
-            tokens, seconds, log = state["tokens"], state["seconds"], state["log"]
-            continue
-        stream = batches(tokenizer, Corpus(world, number + 1, hint).documents(mix))
-        steps = round(millions * 1e6 / (B * T))
-        for step in range(steps):
+            tokens, seconds, log, done = state["tokens"], state["seconds"], state["log"], state.get("done", 10**9)
+        steps, done = round(millions * 1e6 / (B * T)), done if saved.exists() else 0
+        stream = batches(tokenizer, Corpus(world, number + 1 + done, hint).documents(mix))
+        for step in range(done, steps):
             start = time.time()
             ids, weights = next(stream)
             warm = min(1.0, (step + 1) / WARMUP) if number == 0 else 1.0
@@ -267,8 +267,8 @@ def pretrain(work: Path) -> Llama:
                 row = {"stage": stage, "tokens": tokens, "seconds": round(seconds), "loss": round(loss.item(), 3), **probes(model)}
                 log.append(row)
                 print(json.dumps(row), flush=True)
-        torch.save({"model": model.state_dict(), "muon": muon.state_dict(), "adam": adam.state_dict(),
-                    "tokens": tokens, "seconds": seconds, "log": log}, saved)
+                torch.save({"model": model.state_dict(), "muon": muon.state_dict(), "adam": adam.state_dict(),
+                            "tokens": tokens, "seconds": seconds, "log": log, "done": step + 1}, saved)
     save_llama(model.bfloat16(), HERE)
     (HERE / "pretrain.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
     return model
