@@ -167,6 +167,7 @@ def blocks(text: str) -> int | str:
 
 def training_parser(methods: Mapping[str, "Method"], scales: Mapping[str, Callable]) -> Parser:  # noqa: F821
     """rora.py's flags. Defaults are None where a row decides, so that a flag without effect can be told and refused."""
+    tiny = CHECKPOINTS["tiny"]
     wide = lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=140)  # one line a flag: --help fits a screen
     parser = Parser(prog="rora.py", usage="rora.py [flags]", allow_abbrev=False, formatter_class=wide,
                     description="Fine-tune a LLaMA with RoRA, or a method it is compared with.",
@@ -177,24 +178,30 @@ def training_parser(methods: Mapping[str, "Method"], scales: Mapping[str, Callab
     g.add_argument("--method", choices=methods, help="default: rora")
     g.add_argument("--scale", choices=scales, help="linear: α/r, i.e. lora; sqrt: α/√r, i.e. rora; either, with --method dora")
     g.add_argument("--rank", type=at_least(1, below=1_000_000), metavar="N",
-                   help="rank (default 32); series, parallel: width (256); prefix: tokens (30)")
-    g.add_argument("--alpha", type=positive, metavar="X", help="numerator of the scale (default 64; tiny 16)")
-    g.add_argument("--dropout", type=at_least(0, float, 1), metavar="P", help="on the adapter's input (default 0.05; series, parallel 0)")
-    g.add_argument("--targets", nargs="+", metavar="NAME", help="layers to adapt (default: q_proj k_proj v_proj up_proj down_proj)")
+                   help=f"rank (default {methods['rora'].size}); series, parallel: width ({methods['series'].size}); prefix: tokens "
+                        f"({methods['prefix'].size})")
+    g.add_argument("--alpha", type=positive, metavar="X", help=f"numerator of the scale (default {PAPER.alpha:g}; tiny {tiny.alpha:g})")
+    g.add_argument("--dropout", type=at_least(0, float, 1), metavar="P",
+                   help=f"on the adapter's input (default {methods['rora'].dropout:g}; series, parallel {methods['series'].dropout:g})")
+    g.add_argument("--targets", nargs="+", metavar="NAME",
+                   help=f"layers to adapt (default: {' '.join(methods['rora'].layer.targets)})")
     g = parser.add_argument_group("on what")
     g.add_argument("--data", metavar="FILE", help=f"records as in commonsense_170k.json (default: {PAPER.data}; tiny: its own)")
     g.add_argument("--loss", choices=["all", "answer"], help="tokens that are learned (default: all, the paper's protocol)")
     g.add_argument("--prompt", choices=["clean", "dora"], help="dora: the bytes of DoRA's scripts (default: clean)")
     g.add_argument("--max-len", type=at_least(8), metavar="N", help="tokens a record, BOS and EOS included (default 256)")
-    g.add_argument("--val-size", type=at_least(0), metavar="N", help="records held out to choose the best adapter (default 120; tiny 40)")
+    g.add_argument("--val-size", type=at_least(0), metavar="N",
+                   help=f"records held out to choose the best adapter (default {PAPER.val_size}; tiny {tiny.val_size})")
     g = parser.add_argument_group("how long, how fast")
-    g.add_argument("--epochs", type=at_least(1), metavar="N", help="default 3; tiny 2")
+    g.add_argument("--epochs", type=at_least(1), metavar="N", help=f"default {PAPER.epochs}; tiny {tiny.epochs}")
     g.add_argument("--max-steps", type=at_least(1), metavar="N", help="optimizer steps, in place of --epochs")
     g.add_argument("--batch-size", type=at_least(1), metavar="N", help="records an optimizer step (default 16)")
     g.add_argument("--micro-batch-size", type=at_least(1), metavar="N", help="records in memory at once (default: the batch)")
-    g.add_argument("--lr", type=positive, metavar="X", help="peak of AdamW's learning rate (default 2e-4; llama3-8b 1e-4; tiny 2e-3; "
-                   "series, parallel 3e-4; prefix 3e-2)")
-    g.add_argument("--warmup", type=at_least(0), metavar="N", help="steps of linear warm-up (default 100; tiny 10)")
+    g.add_argument("--lr", type=positive, metavar="X",
+                   help=f"peak of AdamW's rate (default {PAPER.lr:g}; llama3-8b {CHECKPOINTS['llama3-8b'].lr:g}; tiny {tiny.lr:g}; "
+                        f"series, parallel {methods['series'].lr:g}; prefix {methods['prefix'].lr:g})")
+    g.add_argument("--warmup", type=at_least(0), metavar="N",
+                   help=f"steps of linear warm-up (default {PAPER.warmup}; tiny {tiny.warmup})")
     g.add_argument("--seed", type=at_least(0), metavar="N", help="of initialisation, order and dropout (default 0)")
     g.add_argument("--device", metavar="NAME", help="cuda, cpu, mps (default: cuda if there is one)")
     g.add_argument("--dtype", choices=DTYPES, help="of the base model (default: bf16 on cuda, fp32 on cpu)")
