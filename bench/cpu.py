@@ -16,7 +16,7 @@ from turns import HERE, machine, peak_mb, rates, ratios, slope, spread, table, t
 
 VARIANTS = [("lora", 0.0), ("rora", 0.0), ("dora", 0.0), ("dora", 0.05)]
 SETTINGS = {  # PEFT's ways to run; the bars compare with the fastest of them
-    "PEFT": {}, "PEFT, autocast": {"autocast": True}, "PEFT, checkpointing": {"recompute": True}}
+    "PEFT": {}, "PEFT, autocast": {"autocast": True}, "PEFT, checkpointing": {"recompute": "all"}}
 BARS = [  # name, key in `values`, at most or at least, bar, stretch
     ("LoRA r=128, tokens/s, ours : PEFT", "lora", ">=", 2.3, 2.5),
     ("DoRA r=128 p=0.05, tokens/s, ours : PEFT (its dropout also reaches W x; ours does not)", "dora", ">=", 3.6, 4.0),
@@ -41,22 +41,22 @@ def measure(quick: bool, folder: Path) -> dict:
 
     for method, dropout in [("lora", 0.0), ("dora", 0.05)]:
         s = training(method, top, dropout, shape)
-        specs = {"ours": {"job": "ours train", **s}, "ours, checkpointing": {"job": "ours train", **s, "recompute": True}}
+        specs = {"ours": {"job": "ours train", **s}, "ours, checkpointing": {"job": "ours train", **s, "recompute": "all"}}
         specs |= {name: {"job": "peft train", **s, **more} for name, more in SETTINGS.items()}
         sections["settings"][f"{method} p={dropout:g}"] = take_turns(specs, rounds(5))
         sections["settings"][f"{method} p={dropout:g}, batches of one length"] = take_turns(both(s), rounds(5, grouped=True))
     for rank in ranks:
         for method, dropout in VARIANTS:
-            known = sections["settings"].get(f"{method} p={dropout:g}") if rank == top else None
-            sections["training"][f"{method} r={rank} p={dropout:g}"] = (
-                {name: known[name] for name in ("ours", "PEFT")} if known else take_turns(both(training(method, rank, dropout, shape)), rounds(3)))
+            known = sections["settings"].get(f"{method} p={dropout:g}") if rank == top else None  # measured above
+            sections["training"][f"{method} r={rank} p={dropout:g}"] = {n: known[n] for n in ("ours", "PEFT")} if known else take_turns(
+                both(training(method, rank, dropout, shape)), rounds(3))
     sections["dora beside lora"] = {"ours": take_turns(
         {f"{m} p={p:g}": {"job": "ours train", **training(m, top, p, shape)} for p in (0.0, 0.05) for m in ("lora", "dora")}, rounds(7))}
 
     one = training("lora", top, 0.0, shape)
     sections["slopes"] = {
         "tokens": take_turns({"ours": {"job": "ours train", **one}}, [
-            {"round": i, "records": n} for n in ((2, 4) if quick else (4, 8, 16, 32)) for i in range(4)]),
+            {"round": i, "records": n} for i in range(4) for n in ((2, 4) if quick else (4, 8, 16, 32))], warmup=2 if quick else 4),
         "layers": take_turns({str(n): {"job": "ours train", **one, "layers": n} for n in ((1, 2) if quick else (2, 4, 8, 16))}, rounds(3)),
         "rank": take_turns({str(r): {"job": "ours train", **one, "rank": r} for r in ((4, 8) if quick else (8, 32, 128, 256))}, rounds(3))}
 
@@ -71,7 +71,7 @@ def measure(quick: bool, folder: Path) -> dict:
     take_turns({"writing": {"job": "write", **wide, "dtype": "float16"}}, [{}])
     loads = [take_turns({"ours": {"job": "ours load", **wide}, "from_pretrained": {"job": "peft load", **wide}}, [{}], 0, together=False)
              for _ in range(1 if quick else 3)]  # a new process for each, or a peak would hide the next
-    sections["loading"] = {"fp16 on disk": {name: {**loads[0][name], "turns": [load[name]["turns"][0] for load in loads]} for name in loads[0]}}
+    sections["loading"] = {"fp16": {name: {**r, "turns": [load[name]["turns"][0] for load in loads]} for name, r in loads[0].items()}}
     product = take_turns({"matmul": {"job": "matmul", "n": 256 if quick else 2048, "repeat": 4}}, [{}] * 6)
     return {**sections, "product": {"bf16": product}}
 
@@ -88,15 +88,16 @@ def memory(r: dict) -> str:
 
 
 def points(results: dict, section: str) -> list[tuple[float, float]]:
-    """(what grows, seconds a step). Medians for layers and ranks; for tokens every step, the first of each size left out."""
+    """(what grows, seconds a step). Batches of as many records differ in tokens: the median of their seconds a token counts."""
     if section == "tokens":
         turns = results["slopes"]["tokens"]["ours"]["turns"]
-        return [(t["tokens"], t["seconds"]) for i, t in enumerate(turns) if i == 0 or turns[i - 1]["records"] == t["records"]]
+        sizes = [[t for t in turns if t["records"] == n] for n in sorted({t["records"] for t in turns})]
+        return [(x := round(sum(t["tokens"] for t in size) / len(size)), x * median(t["seconds"] / t["tokens"] for t in size)) for size in sizes]
     return [(int(n), median(t["seconds"] for t in r["turns"])) for n, r in results["slopes"][section].items()]
 
 
 def bar_values(results: dict) -> dict[str, float]:
-    settings, answers, load = results["settings"], results["answers"]["greedy"], results["loading"]["fp16 on disk"]["ours"]
+    settings, answers, load = results["settings"], results["answers"]["greedy"], results["loading"]["fp16"]["ours"]
     steps = results["dora beside lora"]["ours"]
     over = [t["peak_mb"] - load["ready"]["built_mb"] - t["model_mb"] for t in load["turns"]]
     return {
@@ -148,7 +149,7 @@ def report(results: dict) -> str:
             ["", "seconds", "model MB", "beyond it, MB", "largest tensor, MB"], [
                 [name, spread([t["seconds"] for t in r["turns"]], 2), f"{r['turns'][0]['model_mb']:,.0f}",
                  spread([t["peak_mb"] - r["ready"]["built_mb"] - t["model_mb"] for t in r["turns"]]), f"{r['turns'][0]['largest_tensor_mb']:,.0f}"]
-                for name, r in results["loading"]["fp16 on disk"].items()]),
+                for name, r in results["loading"]["fp16"].items()]),
         "## How our step grows\n\n" + table(["with", "log-log slope", "measured: seconds"], [
             [what, f"{slope(points(results, what)):.2f}", ", ".join(f"{x:,}: {y:.2f}" for x, y in points(results, what))]
             for what in ("tokens", "layers", "rank")])]

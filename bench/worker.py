@@ -20,8 +20,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import memory  # noqa: E402
 import rora  # noqa: E402
-from data import TASKS, Record, encode_records, epoch_order, find_test_file, format_prompt, load_examples, load_tokenizer  # noqa: E402
+from data import TASKS, Record, collate, encode_records, epoch_order, find_test_file, format_prompt, load_examples, load_tokenizer  # noqa: E402
 from llama import Llama, LlamaConfig, generate, load_llama, save_llama  # noqa: E402
 
 SHAPES = {
@@ -117,11 +118,15 @@ def our_training(spec: dict, device: torch.device):
     optimizer = rora.new_optimizer(model, LR)
     held = rora.held_adapters(model)
     refresh = held.__enter__()  # for as long as the process lives
+    refresh()
+    blocks = {None: 0, "all": len(model.layers)}
+    if spec.get("recompute") == "auto":
+        blocks["auto"] = memory.plan(model, collate(batch({"round": 0})), rora.LOGIT_BYTES).fewest_recomputed(int(0.85 * memory.available(device)))
 
     def step(turn: dict, held=held) -> dict:
         records = batch(turn)
         refresh()
-        rora.train_step(model, records, optimizer, LR, len(records), len(model.layers) if spec.get("recompute") else 0)
+        rora.train_step(model, records, optimizer, LR, len(records), blocks[spec.get("recompute")])
         optimizer.zero_grad()
         return {"tokens": sum(len(r.ids) for r in records)}
 

@@ -159,9 +159,8 @@ def real_kills(folder: Path, kills: int = 21, seed: int = 1):
 # --- mutated input ---------------------------------------------------------------------------------
 
 ODD = [None, True, False, -1, 0, 1, 2, 3, 0.5, -0.0, 1e-300, 1e300, 10**30, 2**31, 2**63, float("nan"), float("inf"), -float("inf"),
-       "", " ", "x", "../x",
-       "/etc/passwd", "\ud800", "\x1b[31m", "a\0b", "a\nb", "ü" * 300, [], {}, [[]], {"a": 1}, ["q_proj"], [None], "q_proj", "sqrt",
-       "linear"]
+       "", " ", "x", "../x", "/etc/passwd", "\ud800", "\x1b[31m", "a\0b", "a\nb", "ü" * 300, "q_proj", "sqrt", "linear",
+       [], {}, [[]], {"a": 1}, ["q_proj"], [None]]
 
 
 def odd_bytes(rng: random.Random, content: bytes, focus: int = 4000) -> bytes:
@@ -239,10 +238,9 @@ def odd_flags(rng: random.Random) -> list[str]:
              "--checkpoint-blocks", "--eval-every", "--save-every", "--resume", "--merge", "--export-scale", "--trace", "--out", "--epochs",
              "--nonsense", "--ra", "--overwrite"]
     values = ["-1", "0", "1", "2", "0.5", "1.0", "nan", "inf", "-inf", "1e400", "1e-400", "9" * 30, "9" * 5000, str(2**63),
-              "", " ", "x", "../x", "base",
-              "train.json", "tests", "lora", "dora", "prefix", "series", "sqrt", "linear", "q_proj", "self_attn", "lm_head", "cuda",
-              "meta", "cpu:9",
-              "fp32", "bf16", "all", "none", "plain", "answer", "١", "1_0", "a\0b", "\ud800", "x" * 300]
+              "", " ", "x", "../x", "base", "train.json", "tests", "lora", "dora", "prefix", "series", "sqrt", "linear", "q_proj",
+              "self_attn", "lm_head", "cuda", "meta", "cpu:9", "fp32", "bf16",
+              "all", "none", "plain", "answer", "١", "1_0", "a\0b", "\ud800", "x" * 300]
     words = []
     for _ in range(rng.choice([1, 1, 2])):
         words += [rng.choice(names), rng.choice(values)]

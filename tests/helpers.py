@@ -140,7 +140,7 @@ def outcome(run_folder: Path) -> dict:
     record, state = (json.loads(path.read_text()) for path in (run_folder / "run.json", last / "state.json"))
     files = [run_folder / "adapter_model.safetensors", last / "adapter_model.safetensors", last / "optimizer.safetensors"]
     return {"best, last, optimizer": [file.read_bytes() for file in files], "step": last.name, "metrics": rows(run_folder),
-            "record": record | {"seconds": None}, "state": state | {"seconds": None}}
+            "record": record | {"seconds": None, "commit": None}, "state": state | {"seconds": None}}
 
 
 # --- faults ----------------------------------------------------------------------------------------

@@ -263,7 +263,7 @@ def test_scores_of_another_adapter_or_of_changed_questions_are_not_gone_on_with(
 def test_training_does_not_depend_on_micro_batches_or_on_recomputed_blocks(world, tmp_path):
     plain = {"dropout": 0, "max_steps": 4, "epochs": None}
     for name, change in [("a", {"micro_batch_size": 4}), ("b", {"micro_batch_size": 1}),
-    ("c", {"micro_batch_size": 4, "checkpoint_blocks": 1}),
+                         ("c", {"micro_batch_size": 4, "checkpoint_blocks": 1}),
                          ("d", {"micro_batch_size": 4, "checkpoint_blocks": "all"})]:
         assert run(*flags(world, tmp_path / name, **plain, **change)).code == 0
     a, b, c, d = (rows(tmp_path / name) for name in "abcd")

@@ -8,6 +8,7 @@ The tokenizer sees the tasks' words, so that their records are short. The model 
 """
 
 import argparse
+import copy
 import io
 import json
 import random
@@ -15,6 +16,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -35,10 +37,11 @@ from world import SIZES, STEMS, World, build_world, questions
 STAGES = {
     "lists":    (3.0, 0.0, {"statements": 30, "copy": 12, "bare": 40, "lookup": 12, "answer": 6}),
     "verdicts": (3.0, 0.0, {"statements": 20, "copy": 3, "bare": 16, "lookup": 7, "answer": 8, "yesno": 8, "verdict": 22, "label": 16}),
-    "quizzes":  (1.5, 0.4, {"statements": 14, "copy": 4, "bare": 22, "lookup": 20, "quiz": 24, "answer": 5, "same": 6, "yesno": 5, "verdict": 5, "label": 7}),
-    "labels":   (2.5, 0.2, {"statements": 18, "copy": 3, "bare": 4, "lookup": 8, "quiz": 14, "answer": 5, "same": 4, "yesno": 10, "verdict": 8, "label": 26}),
-    "decay":    (4.0, 0.0, {"statements": 22, "copy": 3, "bare": 4, "lookup": 5, "quiz": 6, "answer": 5, "same": 3, "yesno": 12, "verdict": 6, "label": 34}),
+    "quizzes":  (3.5, 0.3, {"statements": 14, "copy": 4, "bare": 20, "lookup": 20, "quiz": 20, "answer": 5, "same": 5, "yesno": 5, "verdict": 5, "label": 7}),
+    "depth":    (2.0, 0.3, {"statements": 13, "copy": 3, "bare": 16, "lookup": 18, "quiz": 18, "answer": 4, "same": 4, "yesno": 6, "verdict": 5, "label": 18}),
+    "decay":    (4.0, 0.0, {"statements": 20, "copy": 3, "bare": 4, "lookup": 7, "quiz": 10, "answer": 4, "same": 3, "yesno": 12, "verdict": 5, "label": 34}),
 }
+GROW, DROP, ADD = "depth", (2, 4), 3  # before that stage: middle layers that can be left out go, empty ones come on top
 B, T = 24, 128           # rows a step, tokens a row
 CHANCE = 0.1             # loss weight of what cannot be known (corpus.py's caret)
 MUON_LR, ADAM_LR, WARMUP = 0.012, 2e-3, 100
@@ -219,6 +222,30 @@ def build_model(vocab_size: int) -> Llama:
     return model
 
 
+def deepen(model: Llama) -> Llama:
+    """Make room above the layers that recall: what they find must still be fetched and compared with the options.
+
+    The new layers begin as copies of the last one with nothing to say (outputs zero), so nothing is lost by adding them.
+    """
+    keep = [layer for i, layer in enumerate(model.layers) if i not in DROP]
+    for _ in range(ADD):
+        layer = copy.deepcopy(keep[-1])
+        nn.init.zeros_(layer.self_attn.o_proj.weight)
+        nn.init.zeros_(layer.mlp.down_proj.weight)
+        keep.append(layer)
+    grown = Llama(replace(model.cfg, n_layers=len(keep)))
+    grown.load_state_dict(model.state_dict(), strict=False)
+    grown.layers = nn.ModuleList(keep)
+    return grown
+
+
+def optimizers(model: Llama) -> tuple[Muon, torch.optim.AdamW]:
+    """Muon for the layers' matrices, AdamW for embeddings, head and norms."""
+    matrices = [p for name, p in model.named_parameters() if name.startswith("layers") and p.dim() == 2]
+    others = [p for name, p in model.named_parameters() if not (name.startswith("layers") and p.dim() == 2)]
+    return Muon(matrices, lr=MUON_LR), torch.optim.AdamW(others, lr=ADAM_LR, betas=(0.9, 0.95), weight_decay=0.0)
+
+
 def weighted_loss(model: Llama, ids: Tensor, weights: Tensor) -> Tensor:  # (B, T + 1), (B, T + 1) -> ()
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(ids[:, :-1])  # (B, T, V)
@@ -234,16 +261,16 @@ def pretrain(work: Path) -> Llama:
         (HERE / "tokenizer.model").write_bytes(train_tokenizer(world))
     tokenizer = load_tokenizer(HERE)
     model, probes = build_model(tokenizer.vocab_size), Probes(world, tokenizer)
-    matrices = [p for name, p in model.named_parameters() if name.startswith("layers") and p.dim() == 2]
-    others = [p for name, p in model.named_parameters() if not (name.startswith("layers") and p.dim() == 2)]
-    muon = Muon(matrices, lr=MUON_LR)
-    adam = torch.optim.AdamW(others, lr=ADAM_LR, betas=(0.9, 0.95), weight_decay=0.0)
+    muon, adam = optimizers(model)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {tokenizer.vocab_size} pieces")
     work.mkdir(parents=True, exist_ok=True)
     tokens, seconds, log = 0, 0.0, []
 
     for number, (stage, (millions, hint, mix)) in enumerate(STAGES.items()):
         saved = work / f"{stage}.pt"
+        if stage == GROW:
+            model = deepen(model)
+            muon, adam = optimizers(model)
         if saved.exists():
             state = torch.load(saved)
             for part, name in ((model, "model"), (muon, "muon"), (adam, "adam")):
@@ -254,7 +281,7 @@ def pretrain(work: Path) -> Llama:
         for step in range(done, steps):
             start = time.time()
             ids, weights = next(stream)
-            warm = min(1.0, (step + 1) / WARMUP) if number == 0 else 1.0
+            warm = min(1.0, (step + 1) / WARMUP) if stage in ("lists", GROW) else 1.0
             fade = 1 - step / steps if stage == "decay" else 1.0
             muon.param_groups[0]["lr"], adam.param_groups[0]["lr"] = MUON_LR * warm * fade, ADAM_LR * warm * fade
             loss = weighted_loss(model, ids, weights)
