@@ -19,6 +19,7 @@ class SeriesAdapter(nn.Module):
 
     wraps = nn.Linear
     targets = ("down_proj",)
+    elsewhere = False  # whether it may sit on other layers than `targets`
     alpha = scale = None
 
     def __init__(self, base: nn.Linear, size: int, alpha: float | None = None, dropout: float = 0.0):
@@ -46,6 +47,7 @@ class ParallelAdapter(SeriesAdapter):
     """He et al. 2022, the bottleneck beside the linear layer:  y = W x + f(x)."""
 
     targets = ("up_proj", "down_proj")
+    elsewhere = True
 
     @staticmethod
     def width_in(base: nn.Linear) -> int:
@@ -64,6 +66,7 @@ class PrefixAttention(nn.Module):
 
     wraps = Attention
     targets = ("self_attn",)
+    elsewhere = False
     alpha = scale = None
 
     def __init__(self, base: Attention, size: int, alpha: float | None = None, dropout: float = 0.0):

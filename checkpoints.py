@@ -9,7 +9,6 @@ Formats as written by transformers 4 and 5, PEFT 0.21, NVlabs/DoRA and AGI-Edger
 
 import hashlib
 import json
-import math
 import pickle
 import re
 import warnings
@@ -210,10 +209,13 @@ class AdapterSettings:
     size: int                # rank, bottleneck width, or number of prefix tokens
     targets: tuple[str, ...]
     alpha: float | None = None
-    scale: str | None = None  # "linear" or "sqrt": a row of SCALES in rora.py
+    scale: str | None = None  # a row of SCALES in rora.py
     dropout: float = 0.0
     base: str | None = None   # the base checkpoint's folder
+    scaling: float | None = None  # what that rule gives; needed where PEFT has no name for the rule
 
+
+KNOWN = ("lora", "rora", "dora", "series", "parallel", "prefix")  # methods that PEFT's and LLM-Adapters' keys can tell
 
 # Our parameter -> what follows the layer's name in a file. The first spelling is written; all are read.
 SPELLINGS = {
@@ -239,7 +241,8 @@ READ = {"LORA": {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslor
 def write_adapter(folder: str | Path, s: AdapterSettings, tensors: dict[str, Tensor], plain_scale: bool = False) -> None:
     """adapter_config.json and adapter_model.safetensors, as PEFT (and, for bottlenecks, LLM-Adapters) reads them.
 
-    plain_scale: write α·√r without `use_rslora`, for readers that ignore the flag and always divide by r.
+    plain_scale: write α·√r without `use_rslora`, for readers that ignore the flag and always divide by r. So are scales
+    written that PEFT does not know; a method of your own is named in the tensor file, where PEFT does not look.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -257,17 +260,18 @@ def write_adapter(folder: str | Path, s: AdapterSettings, tensors: dict[str, Ten
                       "non_linearity": "tanh", "scaling": 1.0, "init_weights": "bert",
                       "use_parallel_adapter": s.method == "parallel"}
         else:
-            sqrt = s.scale == "sqrt" and not plain_scale
-            alpha = s.alpha * math.sqrt(s.size) if s.scale == "sqrt" and plain_scale else s.alpha
-            config = {"peft_type": "LORA", "r": s.size, "lora_alpha": alpha, "lora_dropout": s.dropout, "use_rslora": sqrt,
-                      "use_dora": s.method == "dora", "bias": "none", "fan_in_fan_out": False, "init_lora_weights": True}
+            plain = plain_scale or s.scale not in ("linear", "sqrt")
+            config = {"peft_type": "LORA", "r": s.size, "lora_alpha": s.scaling * s.size if plain else s.alpha,
+                      "lora_dropout": s.dropout, "use_rslora": s.scale == "sqrt" and not plain,
+                      "use_dora": any(name.endswith(".magnitude") for name in tensors), "bias": "none", "fan_in_fan_out": False,
+                      "init_lora_weights": True}
         config["target_modules"] = list(s.targets)
         named = {}
         for name, tensor in tensors.items():
             layer, _, parameter = name.rpartition(".")
             named[f"base_model.model.model.{layer}.{SPELLINGS[parameter][0]}"] = tensor
-    save_file({n: t.detach().cpu().contiguous() for n, t in named.items()}, folder / "adapter_model.safetensors",
-              metadata={"format": "pt"})
+    own = {} if s.method in KNOWN else {"method": s.method, "scale": s.scale, "alpha": repr(s.alpha)}
+    save_file({n: t.detach().cpu().contiguous() for n, t in named.items()}, folder / "adapter_model.safetensors", {"format": "pt"} | own)
     (folder / "adapter_config.json").write_text(json.dumps(common | config, indent=2) + "\n")
 
 
@@ -298,8 +302,11 @@ def read_adapter(folder: str | Path) -> tuple[AdapterSettings, dict[str, Tensor]
         return kind(value)
 
     kind = config.get("peft_type")
-    if kind not in READ:
+    if not isinstance(kind, str) or kind not in READ:
         raise bad(f'"peft_type" is {kind!r}; this project reads {", ".join(READ)}')
+    for key in ("use_rslora", "use_dora", "use_parallel_adapter"):
+        if config.get(key) not in (None, True, False):
+            raise bad(f'"{key}" is {config[key]!r}, expected true or false')
     for key, value in config.items():
         if key in FIXED and value not in FIXED[key] or key not in READ[kind] | NEUTRAL | FIXED.keys() and value:
             raise bad(f'"{key}" is {value!r}: not computed here')
@@ -363,4 +370,9 @@ def read_adapter(folder: str | Path) -> tuple[AdapterSettings, dict[str, Tensor]
             raise bad(f'"{key}" is {size}, but {name} has shape {tuple(tensor.shape)}')
     if dropout >= 1:
         raise bad(f"dropout is {dropout}")
+    if path.suffix == ".safetensors":
+        with safe_open(path, "pt") as file:
+            own = file.metadata() or {}
+        if own.keys() >= {"method", "scale", "alpha"}:
+            method, scale, alpha = own["method"], own["scale"], float(own["alpha"])
     return AdapterSettings(method, size, targets, alpha, scale, dropout, base), tensors

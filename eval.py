@@ -15,6 +15,7 @@ import math
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -26,8 +27,8 @@ import ranks
 import runs
 from checkpoints import CheckpointError, TensorFiles, adapter_file, read_json
 from data import TASKS, DataError, Record, collate, extract_answer, find_test_file, format_prompt, load_examples, offered_answers
-from flags import (CHECKPOINTS, DTYPES, PAPER, FlagError, Parser, at_least, exit_code, find_checkpoint, find_device, find_dtype,
-                   naming_memory)
+from flags import (DTYPES, FlagError, Parser, at_least, exit_code, find_checkpoint, find_device, find_dtype, naming_memory,
+                   row_of)
 from llama import Llama, generate
 from rora import check_fit, find_adapter, find_tokenizer, load_adapter, load_base, loss_sum, merge, read_run, run_of
 
@@ -213,6 +214,14 @@ def find_tests(folder: str, tasks: list[str] | None, limit: int | None) -> dict[
     return {task: load_examples(path, task)[:limit] for task, path in found.items() if path}
 
 
+def typed() -> Iterator[str]:
+    """Questions from the keyboard, until an empty line or the end of input."""
+    try:
+        yield from iter(lambda: input("question (an empty line ends): "), "")
+    except EOFError:
+        pass
+
+
 def open_model(folder: Path | None, ckpt: str, device: torch.device, dtype: str) -> tuple[Llama, bool]:
     """(base with its adapter, whether that could be merged). A merged model answers faster; series, parallel and prefix
     stay applied."""
@@ -241,10 +250,10 @@ def score(args: argparse.Namespace) -> int:
     if args.ask is not None:
         tokenizer = find_tokenizer(ckpt)
         model, _ = open_model(folder, ckpt, device, dtype)
-        for question in [args.ask] if args.ask else iter(lambda: input("question (an empty line ends): "), ""):
+        for question in [args.ask] if args.ask else typed():
             print("    " + ask(model, tokenizer, question.replace("\\n", "\n"), style))
         return 0
-    data = args.data or CHECKPOINTS.get(ckpt, PAPER).tests
+    data = args.data or row_of(ckpt).tests
     tests = find_tests(data, args.tasks, args.limit)
     tokenizer = find_tokenizer(ckpt)
     out = Path(args.out) if args.out else (folder or Path("runs") / f"{Path(ckpt).name}-base") / "eval"
@@ -262,6 +271,8 @@ def score(args: argparse.Namespace) -> int:
         if ranks.first():
             runs.sweep(out)
             runs.write_json(out / "settings.json", check_same(out, identity))
+            if (out / "results.json").is_file() and (before := read_json(out / "results.json")).get("limit") == args.limit:
+                results |= {key: value for key, value in before.items() if key == "tasks" or key.endswith("_sha256")} | identity
         ranks.wait()
         try:
             for task, examples in tests.items():
@@ -272,7 +283,8 @@ def score(args: argparse.Namespace) -> int:
                 said = read_generations(file)
                 for i, e in enumerate(examples):
                     e |= {"prompt": format_prompt(e, style), "generation": said[i]}
-                results["tasks"][task] = score_task(task, examples)
+                scores = results["tasks"] | {task: score_task(task, examples)}  # with those of tasks scored before
+                results["tasks"] = {t: scores[t] for t in TASKS if t in scores}
                 if len(results["tasks"]) == len(TASKS):
                     results["mean"] = sum(r["accuracy"] for r in results["tasks"].values()) / len(TASKS)
                 runs.write_json(out / "results.json", results)

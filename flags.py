@@ -112,6 +112,13 @@ def find_checkpoint(name: str) -> Path:
     raise CheckpointError(f"no checkpoint folder {name} or checkpoints/{name}; {hint}")
 
 
+def row_of(ckpt: str) -> Checkpoint:
+    """The checkpoint's row in the table, also where it is named by its folder; the paper's defaults for any other."""
+    name = Path(ckpt).name
+    known = name in CHECKPOINTS and (ckpt == name or Path(ckpt).resolve() in (find_checkpoint(name).resolve(), HERE / name))
+    return CHECKPOINTS[name] if known else PAPER
+
+
 def find_device(name: str | None) -> torch.device:
     """With its number where there are several: under torchrun "cuda" alone would be the first GPU for some, ours for others."""
     try:
@@ -128,7 +135,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def find_dtype(name: str | None, ckpt: str, device: torch.device) -> str:
-    row = CHECKPOINTS.get(ckpt, PAPER)
+    row = row_of(ckpt)
     name = name or (row.cuda_dtype if device.type == "cuda" else row.cpu_dtype)
     if name == "bf16" and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8:
         raise FlagError(f"{torch.cuda.get_device_name(device)} has no bf16 arithmetic; use --dtype fp32")
@@ -226,7 +233,7 @@ def training_parser(methods: Mapping[str, "Method"], scales: Mapping[str, Callab
 
 def resolve(args: argparse.Namespace, methods: Mapping[str, "Method"]) -> tuple[Settings, torch.device]:  # noqa: F821
     """Fill in what the flags left open: from the checkpoint's row, the method's row, then the protocol."""
-    method = args.method or {"linear": "lora", "sqrt": "rora", None: "rora"}[args.scale]
+    method = args.method or next(name for name, row in methods.items() if row.layer.scale == (args.scale or "sqrt"))
     named = methods[method]
     scaled = named.layer.scale is not None
     if args.scale and method != "dora" and args.scale != named.layer.scale:
@@ -238,7 +245,7 @@ def resolve(args: argparse.Namespace, methods: Mapping[str, "Method"]) -> tuple[
     if args.epochs and args.max_steps:
         raise FlagError("--max-steps replaces --epochs: give one of them")
     ckpt = args.ckpt or "tiny"
-    row, device = CHECKPOINTS.get(ckpt, PAPER), find_device(args.device)
+    row, device = row_of(ckpt), find_device(args.device)
     given = lambda flag, default: default if getattr(args, flag) is None else getattr(args, flag)
     batch_size = given("batch_size", 16)
     settings = Settings(
@@ -259,6 +266,8 @@ def naming_memory(doing: str) -> Iterator[None]:
     """A lack of memory, which Python, a CPU and a GPU each report in their own way, becomes MemoryError(`doing`)."""
     try:
         yield
+    except OutOfMemory:
+        raise
     except (MemoryError, RuntimeError) as e:
         what = (str(e).splitlines() or ["host memory"])[0]
         if isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in what or "_ALLOC_FAILED" in what or type(e) is MemoryError:

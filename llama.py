@@ -352,6 +352,8 @@ def generate(model: Llama, prompts: list[list[int]], max_new: int, eos: int) -> 
     """
     if not prompts:
         return []
+    if not all(prompts):
+        raise ValueError("an empty prompt: give the begin token at least")
     device, P = model.embed_tokens.weight.device, model.layers[0].self_attn.prefix_len
     lengths = [len(p) for p in prompts]
     rows = model.rows(lengths)

@@ -64,6 +64,11 @@ def add(t: Tensor) -> Tensor:
     return t
 
 
+def total(value: float, device: torch.device) -> float:
+    """Sum a number over processes."""
+    return value if world() == 1 else add(torch.tensor(value, dtype=torch.float64, device=device)).item()
+
+
 def add_gradients(params: list[nn.Parameter]) -> None:
     """Sum the gradients over processes in one message. A process without records adds zeros."""
     if world() == 1:

@@ -24,6 +24,7 @@ import json
 import math
 import platform
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -38,6 +39,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from tqdm import tqdm
 
 import memory
@@ -64,6 +66,7 @@ class LoRALinear(nn.Module):
 
     wraps = nn.Linear
     targets = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
+    elsewhere = True  # --targets may name other linear layers
     scale = "linear"
 
     def __init__(self, base: nn.Linear, size: int, alpha: float, dropout: float = 0.0):
@@ -237,7 +240,11 @@ def attach(model: Llama, method: str, rank: int, alpha: float | None = 64, dropo
             ": lora is linear and rora is sqrt, by name" if method in ("lora", "rora") else ""))
     if any(type(m) in {row.layer for row in METHODS.values()} for m in model.modules()):
         raise ValueError("this model has adapters already: merge(model) them, or load the base anew")
-    targets = tuple(targets or layer.targets)
+    if layer.scale and not (alpha and alpha > 0):
+        raise ValueError(f"alpha must be positive, got {alpha}")
+    targets = (targets,) if isinstance(targets, str) else tuple(targets or layer.targets)
+    if not layer.elsewhere and set(targets) != set(layer.targets):
+        raise ValueError(f"{method} sits on {', '.join(layer.targets)} alone, not on {some(targets)}")
     places = [(parent, name, child) for block in model.layers for parent in block.modules()
               for name, child in parent.named_children() if name in targets and isinstance(child, layer.wraps)]
     if missing := set(targets) - {name for _, name, _ in places}:
@@ -271,7 +278,13 @@ def adapter_settings(model: nn.Module) -> AdapterSettings:
     first = next(iter(layers.values()))
     method = next(name for name, row in METHODS.items() if row.layer is type(first))
     targets = tuple(dict.fromkeys(name.rpartition(".")[2] for name in layers))
-    return AdapterSettings(method, first.size, targets, first.alpha, first.scale, first.dropout.p, getattr(model, "source", None))
+    return AdapterSettings(method, first.size, targets, first.alpha, first.scale, first.dropout.p, getattr(model, "source", None),
+                           first.scaling if first.scale else None)
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What the adapters add, by name, whether it trains or not: what is saved."""
+    return {f"{layer}.{name}": p for layer, module in wrappers(model).items() for name, p in module.named_parameters(recurse=False)}
 
 
 def save_adapter(model: nn.Module, folder: str | Path) -> None:
@@ -279,7 +292,7 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
 
     Raises ValueError for a model without adapters and for NaN or infinity in them: neither is worth a file.
     """
-    settings, tensors = adapter_settings(model), trainable(model)
+    settings, tensors = adapter_settings(model), adapter_tensors(model)
     check_finite(tensors)
     with runs.replaced_files(Path(folder)) as temporary:
         write_adapter(temporary, settings, tensors)
@@ -299,11 +312,14 @@ def load_adapter(model: Llama, folder: str | Path) -> AdapterSettings:
     """
     settings, tensors = read_adapter(folder)
     path = adapter_file(Path(folder))
+    how = (settings.method, settings.size, settings.alpha, settings.dropout, settings.targets, settings.scale)
+    with torch.device("meta"):
+        trial = Llama(model.cfg)  # so that a misfit leaves the model as it was
     try:
-        attach(model, settings.method, settings.size, settings.alpha, settings.dropout, settings.targets, settings.scale)
+        attach(trial, *how)
     except ValueError as e:
         raise CheckpointError(f"{folder}: {e}") from None
-    params = trainable(model)
+    params = adapter_tensors(trial)
     if missing := params.keys() - tensors.keys():
         raise CheckpointError(f"{path}: missing {some(missing)}")
     if extra := tensors.keys() - params.keys():
@@ -311,8 +327,9 @@ def load_adapter(model: Llama, folder: str | Path) -> AdapterSettings:
     for name, p in params.items():
         if p.shape != tensors[name].shape:
             raise CheckpointError(f"{path}: {name} is {tuple(tensors[name].shape)}, this base needs {tuple(p.shape)}: another base?")
+    attach(model, *how)
     with torch.no_grad():
-        for name, p in params.items():
+        for name, p in adapter_tensors(model).items():
             p.copy_(tensors[name])
     return settings
 
@@ -381,6 +398,7 @@ class HeadLoss(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, d: Tensor) -> tuple:
         return (ctx.saved_tensors[0] * d).to(ctx.saved_tensors[0].dtype), None, None, None
 
@@ -392,7 +410,7 @@ def train_step(model: Llama, records: list[Record], optimizer: torch.optim.Optim
     The loss is the mean over all targets of the batch. Each micro-batch adds its sum, divided by the whole batch's
     count, so how the batch is cut does not matter. Raises NonFiniteError before anything bad reaches a weight.
     """
-    params = optimizer.param_groups[0]["params"]
+    params = [p for group in optimizer.param_groups for p in group["params"]]
     count = sum(len(r.ids) - r.split for r in records)
     total = torch.zeros((), device=params[0].device)
     mine = ranks.share(records)
@@ -407,7 +425,8 @@ def train_step(model: Llama, records: list[Record], optimizer: torch.optim.Optim
     if not (math.isfinite(loss) and math.isfinite(norm)):
         optimizer.zero_grad()
         raise NonFiniteError(f"loss {loss}, gradient norm {norm}")
-    optimizer.param_groups[0]["lr"] = lr
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_ratio", 1.0)
     optimizer.step()
     return loss, norm
 
@@ -416,20 +435,20 @@ def train_step(model: Llama, records: list[Record], optimizer: torch.optim.Optim
 def validation_loss(model: Llama, records: list[Record], micro_batch_size: int) -> float:
     """Mean loss per target, without dropout and without drawing a random number."""
     model.eval()
-    mine, total = ranks.share(records), torch.zeros((), dtype=torch.float64, device=model.lm_head.weight.device)
-    for i in range(0, len(mine), micro_batch_size):
-        total += loss_sum(model, collate(mine[i : i + micro_batch_size]))
+    mine = ranks.share(records)
+    total = sum(loss_sum(model, collate(mine[i : i + micro_batch_size])).item() for i in range(0, len(mine), micro_batch_size))
     model.train()
-    return ranks.add(total).item() / sum(len(r.ids) - r.split for r in records)
+    return ranks.total(total, model.lm_head.weight.device) / sum(len(r.ids) - r.split for r in records)
 
 
 def new_optimizer(model: nn.Module, lr: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW(trainable(model).values(), lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=True)
 
 
-def train(model: Llama, records: list[Record], held_out: list[Record], s: Settings, run: Path,
+def train(model: Llama, records: list[Record], held_out: list[Record], s: Settings, run: Path, record: dict,
           resume: Path | None = None) -> dict:
     """The whole run, into the folder `run`; from the checkpoint `resume` where one is given. Returns the final state.
+    `record` is what run.json holds: the best adapter's step is kept there.
 
     Raises NonFiniteError, or runs.Stopped once the state is saved after SIGINT or SIGTERM.
     """
@@ -452,10 +471,11 @@ def train(model: Llama, records: list[Record], held_out: list[Record], s: Settin
         state["best_step"] = state["step"]
         if ranks.first():
             save_adapter(model, run)
+            runs.write_json(run / "run.json", record | {"best_step": state["best_step"], "best_loss": state["best_loss"]})
 
     def save() -> None:
         generators = ranks.gathered({"cpu": torch.get_rng_state()} | (
-            {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}))
+            {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}))
         if not metrics:
             return
         metrics.sync()
@@ -528,16 +548,17 @@ def all_zero(params: dict[str, nn.Parameter]) -> bool:
 
 def peak_memory(model: nn.Module) -> int:
     """Bytes: of the GPU, or of the process where there is none."""
-    if next(model.parameters()).is_cuda:
-        return torch.cuda.max_memory_allocated()
+    weight = next(model.parameters())
+    if weight.is_cuda:
+        return torch.cuda.max_memory_allocated(weight.device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
 
 
 def save_state(folder: Path, model: nn.Module, params: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, state: dict,
                generators: list[dict[str, Tensor]]) -> None:
     """All that the rest of the run depends on: adapter, AdamW's moments, every process's random numbers, position."""
-    check_finite(params)
-    write_adapter(folder, adapter_settings(model), params)
+    check_finite(adapter_tensors(model))
+    write_adapter(folder, adapter_settings(model), adapter_tensors(model))
     tensors = {f"{kind}_rng.{i}": state for i, states in enumerate(generators) for kind, state in states.items()}
     for name, p in params.items():
         tensors |= {f"{name}.{key}": value.detach().cpu().contiguous() for key, value in optimizer.state[p].items()}
@@ -548,16 +569,17 @@ def save_state(folder: Path, model: nn.Module, params: dict[str, nn.Parameter], 
 def load_state(folder: Path, model: nn.Module, params: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict:
     """Fill parameters, optimizer and generators; return the position."""
     settings, tensors = read_adapter(folder)
-    if replace(settings, base=None) != replace(adapter_settings(model), base=None):
+    if replace(settings, base=None) != replace(adapter_settings(model), base=None, scaling=None):
         raise CheckpointError(f"{folder}: holds {settings}, but run.json describes {adapter_settings(model)}")
     saved = load_file(folder / "optimizer.safetensors")
     with torch.no_grad():
-        for name, p in params.items():
+        for name, p in adapter_tensors(model).items():
             p.copy_(tensors[name])
+        for name, p in params.items():
             optimizer.state[p] = {key: saved[f"{name}.{key}"].to(p.device) for key in ("step", "exp_avg", "exp_avg_sq")}
     torch.set_rng_state(saved[f"cpu_rng.{ranks.rank()}"])
-    if torch.cuda.is_available() and f"cuda_rng.{ranks.rank()}" in saved:
-        torch.cuda.set_rng_state(saved[f"cuda_rng.{ranks.rank()}"])
+    if p.is_cuda and f"cuda_rng.{ranks.rank()}" in saved:
+        torch.cuda.set_rng_state(saved[f"cuda_rng.{ranks.rank()}"], p.device)
     return json.loads((folder / "state.json").read_text())
 
 
@@ -595,10 +617,11 @@ def start_line(model: Llama, method: str) -> str:
     size = {"series": f"bottleneck {a.size}", "parallel": f"bottleneck {a.size}", "prefix": f"{a.size} tokens a layer"}.get(a.method)
     if size is None:
         root = "√" if a.scale == "sqrt" else ""
-        size = f"s = {a.alpha:g}/{root}{a.size} = {SCALES[a.scale](a.alpha, a.size):.4g}"
-    flags = {"lora": "PEFT: use_rslora=false", "rora": "PEFT: use_rslora=true", "prefix": "PEFT: PREFIX_TUNING",
-             "dora": f"PEFT: use_dora=true, use_rslora={str(a.scale == 'sqrt').lower()}"}.get(a.method, "LLM-Adapters: BOTTLENECK")
-    return f"{method}: {size} · {added:,} of {total:,} trainable ({100 * added / total:.2f}%) · {flags}"
+        size = f"s = {a.alpha:g}/{root}{a.size} = {a.scaling:.4g}" if a.scale in ("linear", "sqrt") else f"s = {a.scaling:.4g} ({a.scale})"
+    peft = {"series": "LLM-Adapters: BOTTLENECK", "parallel": "LLM-Adapters: BOTTLENECK", "prefix": "PEFT: PREFIX_TUNING"}.get(a.method)
+    if peft is None:
+        peft = ("PEFT: use_dora=true, " if a.method == "dora" else "PEFT: ") + f"use_rslora={str(a.scale == 'sqrt').lower()}"
+    return f"{method}: {size} · {added:,} of {total:,} trainable ({100 * added / total:.2f}%) · {peft}"
 
 
 # --- command line ----------------------------------------------------------------------------------
@@ -638,7 +661,7 @@ def facts(s: Settings, model: Llama) -> dict:
     """What run.json says beside the settings: enough to know later what made the numbers."""
     commit = subprocess.run(["git", "-C", str(HERE), "rev-parse", "HEAD"], capture_output=True, text=True) if shutil.which("git") else None
     a = adapter_settings(model)
-    return {"effective_scale": SCALES[a.scale](a.alpha, a.size) if a.scale else None,
+    return {"effective_scale": a.scaling, "device": str(model.lm_head.weight.device),
             "trainable": sum(p.numel() for p in trainable(model).values()), "processes": ranks.world(),
             "base_sha256": TensorFiles(find_checkpoint(s.ckpt)).fingerprint(), "data_sha256": runs.sha256(Path(s.data)),
             "python": platform.python_version(),
@@ -741,11 +764,12 @@ def plan_memory(model: Llama, records: list[Record], s: Settings) -> tuple[memor
     epochs = math.ceil(total_steps(records, s) / math.ceil(len(records) / s.batch_size))
     largest = memory.largest_micro_batch(records, s.batch_size, s.micro_batch_size, s.seed, epochs)
     device = model.lm_head.weight.device
-    with held_adapters(model) as refresh, torch.random.fork_rng(), torch.no_grad():  # the run's own random numbers stay undrawn
+    model.train()  # dropout keeps its masks
+    with held_adapters(model) as refresh, torch.random.fork_rng():  # the run's own random numbers stay undrawn
         refresh()
-        with torch.enable_grad():
-            plan = memory.plan(model, collate(largest), logit_bytes(device))
-    names = {"none": 0, "all": plan.blocks, "auto": plan.fewest_recomputed(int(0.92 * memory.available(device)))}
+        plan = memory.plan(model, collate(largest), logit_bytes(device))
+    room = int(0.92 * (memory.available(device) + plan.weights))
+    names = {"none": 0, "all": plan.blocks, "auto": plan.fewest_recomputed(room)}
     return plan, largest, names.get(s.checkpoint_blocks, s.checkpoint_blocks)
 
 
@@ -771,9 +795,9 @@ def fit(model: Llama, records: list[Record], held_out: list[Record], s: Settings
     if recomputed or model.lm_head.weight.is_cuda:
         print(memory_line(plan, recomputed, model), flush=True)
     try:
-        state = train(model, records, held_out, replace(s, checkpoint_blocks=recomputed), run, newest)
+        state = train(model, records, held_out, replace(s, checkpoint_blocks=recomputed), run, record, newest)
     except runs.Stopped as e:
-        print(f"stopped; to go on: python rora.py --resume {run}")
+        print(f"stopped; to go on: python rora.py --resume {shlex.quote(str(run))}")
         return e.code
     except OutOfMemory as e:
         raise OutOfMemory(f"{e}; {memory_line(plan, recomputed, model)}") from None
@@ -781,12 +805,13 @@ def fit(model: Llama, records: list[Record], held_out: list[Record], s: Settings
     if ranks.first():
         runs.write_json(run / "run.json", record)
     best = f"best validation loss {state['best_loss']:.4f} at step {state['best_step']}" if held_out else f"after step {state['step']}"
-    print(f"saved {run}: the adapter with the {best}, {state['seconds']:.0f} s\nto score it: python eval.py {run}")
+    print(f"saved {run}: the adapter with the {best}, {state['seconds']:.0f} s\nto score it: python eval.py "
+          f"{shlex.quote(str(run))}")
     return 0
 
 
 def memory_line(plan: memory.MemoryPlan, recomputed: int, model: nn.Module) -> str:
-    free = memory.available(model.lm_head.weight.device)
+    free = memory.available(model.lm_head.weight.device) + plan.weights
     return (f"memory: about {plan.total(recomputed) / 1e9:.1f} GB ({plan}) of {free / 1e9:.1f} GB; "
             f"{recomputed or 'no'} block{'s' * (recomputed != 1)} of {plan.blocks} recomputed")
 
@@ -806,7 +831,8 @@ def check(args: argparse.Namespace) -> int:
     optimizer, seconds, seen = new_optimizer(model, s.lr), 0.0, 0
     model.train()
     order = epoch_order(len(records), s.seed, 0)
-    batches = [largest] + [[records[j] for j in order[i * s.batch_size : (i + 1) * s.batch_size]] for i in range(3)]
+    batches = [largest] + [[records[j] for j in order[i : i + s.batch_size]]
+                           for i in range(0, min(len(order), 3 * s.batch_size), s.batch_size)]
     with held_adapters(model) as refresh:
         for i, batch in enumerate(batches):  # the largest warms up and is not timed
             began = time.perf_counter()
@@ -817,7 +843,7 @@ def check(args: argparse.Namespace) -> int:
                 seconds, seen = seconds + time.perf_counter() - began, seen + sum(len(r.ids) for r in batch)
     peak = f", peak {peak_memory(model) / 1e9:.1f} GB" + ("" if device.type == "cuda" else " of the whole process")
     hours = steps * s.batch_size / len(records) * tokens * seconds / seen / 3600
-    print(f"measured: {seen / seconds:,.0f} tokens/s over three steps{peak}; the run would take about "
+    print(f"measured: {seen / seconds:,.0f} tokens/s over {len(batches) - 1} steps{peak}; the run would take about "
           f"{f'{hours:.1f} hours' if hours >= 1 else f'{60 * hours:.1f} minutes'}, validation and saving not counted")
     return 0
 
@@ -843,7 +869,7 @@ def find_adapter(folder: str | Path, ckpt: str | None) -> tuple[Path, str]:
 
 def run_of(folder: Path) -> Path | None:
     """The run that an adapter folder belongs to."""
-    return next((run for run in (folder, folder.parent.parent) if (run / "run.json").is_file()), None)
+    return next((run for run in (folder, folder.resolve().parent.parent) if (run / "run.json").is_file()), None)
 
 
 def check_fit(folder: Path, ckpt: str) -> None:
@@ -874,10 +900,10 @@ def merge_files(args: argparse.Namespace) -> int:
         settings, tensors = read_adapter(folder)
         if settings.scale is None:
             raise FlagError(f"{settings.method} has no scale to export")
+        s = SCALES[settings.scale](settings.alpha, settings.size)
         with runs.new_folder(out) as temporary:
-            write_adapter(temporary, settings, tensors, plain_scale=True)
-        alpha = SCALES[settings.scale](settings.alpha, settings.size) * settings.size
-        print(f"saved {out}: the adapter with lora_alpha {alpha:g} and use_rslora false")
+            write_adapter(temporary, replace(settings, scaling=s), tensors, plain_scale=True)
+        print(f"saved {out}: the adapter with lora_alpha {s * settings.size:g} and use_rslora false")
         return 0
     settings = read_adapter(folder)[0]
     if not hasattr(METHODS[settings.method].layer, "merged_weight"):

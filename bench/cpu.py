@@ -87,73 +87,107 @@ def memory(r: dict) -> str:
     return f"{peak_mb(r):,.0f} ({peak_mb(r) - r['ready']['built_mb']:+,.0f})"
 
 
+def beyond_model(r: dict) -> list[float]:
+    return [t["peak_mb"] - r["ready"]["built_mb"] - t["model_mb"] for t in r["turns"]]
+
+
+def seconds(r: dict) -> list[float]:
+    return [t["seconds"] for t in r["turns"]]
+
+
 def points(results: dict, section: str) -> list[tuple[float, float]]:
     """(what grows, seconds a step). Batches of as many records differ in tokens: the median of their seconds a token counts."""
-    if section == "tokens":
-        turns = results["slopes"]["tokens"]["ours"]["turns"]
-        sizes = [[t for t in turns if t["records"] == n] for n in sorted({t["records"] for t in turns})]
-        return [(x := round(sum(t["tokens"] for t in size) / len(size)), x * median(t["seconds"] / t["tokens"] for t in size)) for size in sizes]
-    return [(int(n), median(t["seconds"] for t in r["turns"])) for n, r in results["slopes"][section].items()]
+    if section != "tokens":
+        return [(int(n), median(seconds(r))) for n, r in results["slopes"][section].items()]
+    turns = results["slopes"]["tokens"]["ours"]["turns"]
+    sizes = [[t for t in turns if t["records"] == n] for n in sorted({t["records"] for t in turns})]
+    mean = lambda size: round(sum(t["tokens"] for t in size) / len(size))
+    return [(mean(size), mean(size) * median(t["seconds"] / t["tokens"] for t in size)) for size in sizes]
 
 
 def bar_values(results: dict) -> dict[str, float]:
     settings, answers, load = results["settings"], results["answers"]["greedy"], results["loading"]["fp16"]["ours"]
     steps = results["dora beside lora"]["ours"]
-    over = [t["peak_mb"] - load["ready"]["built_mb"] - t["model_mb"] for t in load["turns"]]
+    against_fastest = lambda group: median(ratios(group["ours"], fastest(group, "PEFT", "tokens"), "tokens"))
     return {
-        "lora": median(ratios(settings["lora p=0"]["ours"], fastest(settings["lora p=0"], "PEFT", "tokens"), "tokens")),
-        "dora": median(ratios(settings["dora p=0.05"]["ours"], fastest(settings["dora p=0.05"], "PEFT", "tokens"), "tokens")),
+        "lora": against_fastest(settings["lora p=0"]), "dora": against_fastest(settings["dora p=0.05"]),
         "dora:lora": median(ratios(steps["lora p=0"], steps["dora p=0"], "tokens")),
         "answers": median(ratios(answers["ours"], fastest(answers, "generate", "questions"), "questions")),
         "tokens": slope(points(results, "tokens")), "layers": slope(points(results, "layers")),
-        "load": median(over) / load["turns"][0]["largest_tensor_mb"]}
+        "load": median(beyond_model(load)) / load["turns"][0]["largest_tensor_mb"]}
 
 
 def report(results: dict) -> str:
-    m, values = results["machine"], bar_values(results)
-    ready = next(iter(results["settings"].values()))["ours"]["ready"]
-    product = median(t["flops"] / t["seconds"] for t in results["product"]["bf16"]["matmul"]["turns"]) / 1e9
-    parts = [
-        f"# Beside transformers + PEFT, on a CPU\n\n{m['cpu']}, {m['cores']} cores ({ready['threads']} threads), bf16 instructions: "
-        f"{'yes' if m['bf16'] else 'no'}; {product:,.0f} GFLOP/s in a bf16 product of 2,048². {m['date']}, {m['minutes']} minutes, load "
-        f"{m['load_before']} before the start; "
-        f"commit {m['commit']}, Python {m['python']}, torch {m['torch']}, transformers {m['transformers']}, PEFT {m['peft']}.\n\n"
-        "LLaMA of width 512, 8 layers, vocabulary 32,000, random weights; 16 real records a step, cut at 256 tokens; bf16 base, fp32 "
-        "adapters on q, k, v, up, down; fused AdamW, clipping. Tokens are real tokens, padding is not counted. Every measurement has a "
-        "process of its own; the processes take turns, step by step, with the same records. Median (least–most).",
-        "## Bars\n\n" + table(["", "measured", "bar", "met", "stretch"], [
-            [what, f"{values[key]:.2f}", f"{'≥' if sign == '>=' else '≤'} {bar}", "yes" if reached(values[key], sign, bar) else "**no**",
-             "–" if stretch is None else f"{stretch}: {'yes' if reached(values[key], sign, stretch) else 'no'}"]
-            for what, key, sign, bar, stretch in BARS]),
-        "## Training, tokens/s\n\n" + table(
-            ["", "ours", "PEFT", "ours : PEFT", "our 4N share", "our peak MB (over the built model)", "PEFT's"],
-            [[name, spread(rates(g["ours"], "tokens")), spread(rates(g["PEFT"], "tokens")), spread(ratios(g["ours"], g["PEFT"], "tokens"), 2),
-              f"{4 * ready['linear_weights'] * median(rates(g['ours'], 'tokens')) / 1e7 / product:.0f}%", memory(g["ours"]), memory(g["PEFT"])]
-             for name, g in results["training"].items()])
-        + "\n\n4N share: 4 FLOPs for each frozen weight that multiplies and each token, adapters and attention not counted, of the rate above.",
-        "## Settings, highest rank\n\n" + table(
-            ["", "setting", "tokens/s", "ours : this", "tokens computed : real", "peak MB (over the built model)"],
-            [[name, setting, spread(rates(r, "tokens")), spread(ratios(g["ours"], r, "tokens"), 2),
-              f"{sum(t.get('padded', t['tokens']) for t in r['turns']) / sum(t['tokens'] for t in r['turns']):.2f}", memory(r)]
-             for name, g in results["settings"].items() for setting, r in g.items()])
-        + "\n\nAutocast is what `Trainer(bf16=True)` adds: adapters multiply in bf16 then. Batches of one length is `group_by_length`.",
-        "## DoRA beside LoRA, ours\n\n" + table(["", "seconds a step", "to LoRA p=0"], [
-            [name, spread([t["seconds"] for t in r["turns"]], 3),
-             spread(ratios(results["dora beside lora"]["ours"]["lora p=0"], r, "tokens"), 2)]
-            for name, r in results["dora beside lora"]["ours"].items()]),
-        "## Answering\n\nReal test questions, longest first, batches of 32, greedy, 32 new tokens each, merged bf16 weights from one folder.\n\n"
-        + table(["", "questions/s", "ours : this", "peak MB (over the built model)"], [
-            [name, spread(rates(r, "questions"), 1), spread(ratios(results["answers"]["greedy"]["ours"], r, "questions"), 2), memory(r)]
-            for name, r in results["answers"]["greedy"].items()]),
-        "## Loading\n\nfp16 on disk (in the page cache), bf16 in memory; host memory beyond the imports and the model itself.\n\n" + table(
-            ["", "seconds", "model MB", "beyond it, MB", "largest tensor, MB"], [
-                [name, spread([t["seconds"] for t in r["turns"]], 2), f"{r['turns'][0]['model_mb']:,.0f}",
-                 spread([t["peak_mb"] - r["ready"]["built_mb"] - t["model_mb"] for t in r["turns"]]), f"{r['turns'][0]['largest_tensor_mb']:,.0f}"]
-                for name, r in results["loading"]["fp16"].items()]),
-        "## How our step grows\n\n" + table(["with", "log-log slope", "measured: seconds"], [
-            [what, f"{slope(points(results, what)):.2f}", ", ".join(f"{x:,}: {y:.2f}" for x, y in points(results, what))]
-            for what in ("tokens", "layers", "rank")])]
-    return "\n\n".join(parts) + "\n"
+    m, values, settings = results["machine"], bar_values(results), results["settings"]
+    steps, answers = results["dora beside lora"]["ours"], results["answers"]["greedy"]
+    ready = settings["lora p=0"]["ours"]["ready"]
+    product = median(rates(results["product"]["bf16"]["matmul"], "flops"))
+    share = lambda r: f"{400 * ready['linear_weights'] * median(rates(r, 'tokens')) / product:.0f}%"
+    padding = lambda r: sum(t.get("padded", t["tokens"]) for t in r["turns"]) / sum(t["tokens"] for t in r["turns"])
+
+    bars = [[what, f"{values[key]:.2f}", f"{'≥' if sign == '>=' else '≤'} {bar}", "yes" if reached(values[key], sign, bar) else "**no**",
+             f"{stretch}: {'yes' if reached(values[key], sign, stretch) else 'no'}" if stretch else "–"]
+            for what, key, sign, bar, stretch in BARS]
+    training = [[name, *(spread(rates(g[side], "tokens")) for side in ("ours", "PEFT")), spread(ratios(g["ours"], g["PEFT"], "tokens"), 2),
+                 share(g["ours"]), memory(g["ours"]), memory(g["PEFT"])] for name, g in results["training"].items()]
+    ways = [[name, way, spread(rates(r, "tokens")), spread(ratios(g["ours"], r, "tokens"), 2), f"{padding(r):.2f}", memory(r)]
+            for name, g in settings.items() for way, r in g.items()]
+    dora = [[name, spread(seconds(r), 3), spread(ratios(steps["lora p=0"], r, "tokens"), 2)] for name, r in steps.items()]
+    answered = [[name, spread(rates(r, "questions"), 1), spread(ratios(answers["ours"], r, "questions"), 2), memory(r)]
+                for name, r in answers.items()]
+    loaded = [[name, spread(seconds(r), 2), *(f"{r['turns'][0][k]:,.0f}" for k in ("model_mb", "largest_tensor_mb")), spread(beyond_model(r))]
+              for name, r in results["loading"]["fp16"].items()]
+    grown = [[what, f"{slope(points(results, what)):.2f}", ", ".join(f"{x:,}: {y:.2f}" for x, y in points(results, what))]
+             for what in ("tokens", "layers", "rank")]
+    MEMORY = "peak MB (over the built model)"
+    return f"""# Beside transformers + PEFT, on a CPU
+
+{m['cpu']}, {m['cores']} cores ({ready['threads']} threads), bf16 instructions: {'yes' if m['bf16'] else 'no'}; \
+{product / 1e9:,.0f} GFLOP/s in a bf16 product of 2,048². {m['date']}, {m['minutes']} minutes, load {m['load_before']} before the start; commit \
+{m['commit']}, Python {m['python']}, torch {m['torch']}, transformers {m['transformers']}, PEFT {m['peft']}.
+
+LLaMA of width 512, 8 layers, vocabulary 32,000, random weights; 16 real records a step, cut at 256 tokens; bf16 base, fp32 adapters on \
+q, k, v, up, down; fused AdamW, clipping. Tokens are real tokens: padding is not counted. Every measurement has a process of its own; the \
+processes take turns, step by step, with the same records. Median (least–most).
+
+## Bars
+
+{table(["", "measured", "bar", "met", "stretch"], bars)}
+
+Against PEFT's and transformers' fastest setting below, batch by batch.
+
+## Training, tokens/s
+
+{table(["", "ours", "PEFT", "ours : PEFT", "our share", "our " + MEMORY, "PEFT's"], training)}
+
+Share: 4 FLOPs for each frozen weight that multiplies and each token, adapters and attention not counted, of the rate above.
+
+## Ways to run, highest rank
+
+{table(["", "", "tokens/s", "ours : this", "tokens computed : real", MEMORY], ways)}
+
+Autocast is what `Trainer(bf16=True)` adds: adapters multiply in bf16. Checkpointing: every block. Batches of one length: `group_by_length`.
+
+## DoRA beside LoRA, ours
+
+{table(["", "seconds a step", "to LoRA p=0"], dora)}
+
+## Answering
+
+Real test questions, longest first, in batches; greedy, 32 new tokens each; the same merged bf16 weights from one folder.
+
+{table(["", "questions/s", "ours : this", MEMORY], answered)}
+
+## Loading
+
+fp16 on disk (in the page cache), bf16 in memory; host memory beyond the imports and the model itself.
+
+{table(["", "seconds", "model MB", "largest tensor MB", "beyond the model MB"], loaded)}
+
+## How our step grows
+
+{table(["with", "log-log slope", "measured: seconds"], grown)}
+"""
 
 
 def reached(value: float, sign: str, bar: float) -> bool:

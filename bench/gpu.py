@@ -25,7 +25,7 @@ def attempt(specs: dict[str, dict], turns: list[dict], warmup: int) -> dict:
         try:
             done |= take_turns({name: spec}, turns, warmup)
         except RuntimeError as e:
-            done[name] = {"spec": spec, "error": "out of memory" if "out of memory" in str(e) else str(e)[-300:]}
+            done[name] = {"spec": spec, "error": "out of memory" if "out of memory" in str(e) else str(e).splitlines()[-1]}
     return done
 
 
@@ -57,9 +57,9 @@ def report(results: dict) -> str:
         ratio = f"{median(ratios(ours, r, what)):.2f}" if "error" not in ours else "–"
         return [group, name, spread(rates(r, what)), ratio, share, f"{peak_mb(r) / 1000:.1f}"]
 
-    parts = [f"# Beside transformers + PEFT, on {product['ready']['device']}\n\n{rate / 1e12:,.0f} TFLOP/s in a bf16 product. {m['date']}, commit "
-             f"{m['commit']}, Python {m['python']}, torch {m['torch']}, transformers {m['transformers']}, PEFT {m['peft']}. Random weights, 16 real "
-             "records a step; real tokens, padding is not counted. Share: 4 FLOPs a frozen weight and token, of that rate."]
+    parts = [f"# Beside transformers + PEFT, on {product['ready']['device']}\n\n{rate / 1e12:,.0f} TFLOP/s in a bf16 product. {m['date']}, "
+             f"commit {m['commit']}, Python {m['python']}, torch {m['torch']}, transformers {m['transformers']}, PEFT {m['peft']}. Random "
+             "weights, 16 real records a step; real tokens, padding is not counted. Share: 4 FLOPs a frozen weight and token, of that rate."]
     for section, what in [("training", "tokens"), ("answers", "questions")]:
         parts.append(table(["", "", f"{what}/s", "ours : this", "share", "peak GB"], [
             row(group, name, r, what) for group, sides in results[section].items() for name, r in sides.items()]))

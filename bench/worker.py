@@ -120,8 +120,9 @@ def our_training(spec: dict, device: torch.device):
     refresh = held.__enter__()  # for as long as the process lives
     refresh()
     blocks = {None: 0, "all": len(model.layers)}
-    if spec.get("recompute") == "auto":
-        blocks["auto"] = memory.plan(model, collate(batch({"round": 0})), rora.LOGIT_BYTES).fewest_recomputed(int(0.85 * memory.available(device)))
+    if spec.get("recompute") == "auto":  # as rora.py does, with room left for larger batches than the first
+        plan = memory.plan(model, collate(batch({"round": 0})), rora.logit_bytes(device))
+        blocks["auto"] = plan.fewest_recomputed(int(0.8 * memory.available(device)))
 
     def step(turn: dict, held=held) -> dict:
         records = batch(turn)

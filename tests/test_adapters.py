@@ -83,6 +83,47 @@ def test_merged_is_the_same_model_or_refused_with_the_reason(tiny, method):
             merge(tiny)
 
 
+def test_what_is_saved_is_the_adapter_whether_it_trains_or_not(tiny, tmp_path):
+    fresh = copy.deepcopy(tiny)
+    attach(tiny, "dora", 4, 8)
+    shake(tiny)
+    tiny.requires_grad_(False)
+    tiny.norm.weight.requires_grad_(True)  # and nothing else is
+    save_adapter(tiny, tmp_path)
+    load_adapter(fresh, tmp_path)
+    assert torch.equal(fresh(IDS), tiny(IDS))
+
+
+def test_a_method_of_ones_own_is_a_class_and_two_lines_and_comes_back_from_its_file(tiny, tmp_path, monkeypatch):
+    class FourthRootLinear(LoRALinear):
+        scale = "fourth root"
+
+    monkeypatch.setitem(rora.SCALES, "fourth root", lambda alpha, r: alpha / r**0.25)
+    monkeypatch.setitem(METHODS, "fourth", rora.Method(FourthRootLinear))
+    fresh = copy.deepcopy(tiny)
+    attach(tiny, "fourth", 16, 8)
+    shake(tiny)
+    save_adapter(tiny, tmp_path)
+    load_adapter(fresh, tmp_path)
+    assert {layer.scaling for layer in wrappers(fresh).values()} == {4.0} and torch.equal(fresh(IDS), tiny(IDS))
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["lora_alpha"] == 64  # PEFT divides by 16: the same 4
+
+
+def test_a_misfit_leaves_the_model_as_it_was(tiny, tmp_path):
+    saved(tiny, tmp_path)
+    other = Llama(LlamaConfig(**{**tiny.cfg.__dict__, "n_layers": 1}))
+    with pytest.raises(CheckpointError):
+        load_adapter(other, tmp_path)
+    assert not wrappers(other)
+
+
+@pytest.mark.parametrize("method, how", [("rora", {"alpha": 0}), ("lora", {"alpha": None}), ("series", {"targets": ["up_proj"]})])
+def test_what_could_not_be_loaded_back_is_refused_at_once(tiny, method, how):
+    with pytest.raises(ValueError):
+        attach(tiny, method, 4, **how)
+    assert not wrappers(tiny)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_attach_works_on_a_model_without_memory(method):
     with torch.device("meta"):

@@ -82,6 +82,11 @@ def test_a_larger_limit_goes_on_from_the_smaller(home, tmp_path):
     assert steps["tasks"] == score(home, tmp_path / "once")[0]["tasks"]
 
 
+def test_scoring_one_task_again_keeps_the_scores_of_the_others(home, tmp_path):
+    whole, _ = score(home, tmp_path, "--limit", "2")
+    assert score(home, tmp_path, "--limit", "2", "--tasks", "boolq")[0]["tasks"] == whole["tasks"]
+
+
 def test_scores_of_another_prompt_or_precision_are_not_mixed(home, tmp_path, capsys):
     score(home, tmp_path, "--limit", "2")
     assert judge.main(["--ckpt", str(home / "toy"), "--data", str(home / "tests"), "--out", str(tmp_path), "--prompt", "dora"]) == 2

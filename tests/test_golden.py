@@ -17,7 +17,7 @@ def test_the_golden_trace_is_what_this_code_computes():
     with safe_open(TRACE, "pt") as file:
         t, settings = {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["settings"])
     model = load_llama(ROOT / "tiny", dtype=torch.float32)
-    attach(model, settings["method"], settings["size"], settings["alpha"], targets=settings["targets"])
+    attach(model, settings["method"], settings["size"], settings["alpha"], targets=settings["targets"], scale=settings["scale"])
     for name, p in trainable(model).items():
         p.data.copy_(t[f"adapter.{name}"])
     logits = model(t["ids"])

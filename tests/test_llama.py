@@ -137,6 +137,12 @@ def test_generation_stops_when_every_row_has_ended(tiny, monkeypatch):
     assert len(passes) == 1
 
 
+def test_an_empty_prompt_is_refused_and_no_prompts_are_no_answers(tiny):
+    assert generate(tiny, [], 4, eos=2) == []
+    with pytest.raises(ValueError, match="empty prompt"):
+        generate(tiny, [[5], []], 4, eos=2)
+
+
 def test_the_cache_is_allocated_once(tiny):
     cache = KVCache(tiny, B=3, S=11)
     assert cache.k.shape == cache.v.shape == (2, 3, 2, 11, 8)  # (L, B, G, S, D)

@@ -31,7 +31,7 @@ def test_under_gradient_descent_the_root_makes_the_first_step_the_same_at_every_
 
 @pytest.mark.parametrize("Layer, progress", [(LoRALinear, 1), (RoRALinear, 4)])
 def test_under_adamw_it_is_the_plain_rank_that_does(Layer, progress):
-    """AdamW's first step moves each entry of lora_B by lr, whatever its gradient: progress goes like s · r · (1/√r)."""
+    """AdamW's first step moves each entry of lora_B by lr, whatever its gradient: the progress is lr · s times a sum over r rows."""
     assert first_step(Layer, 256, "adamw")[1] / first_step(Layer, 16, "adamw")[1] == pytest.approx(progress, rel=0.1)
 
 

@@ -165,7 +165,7 @@ class Corpus:
         """painter2: the word itself asks for its number. Dense, and with replacement: without it one learns to eliminate."""
         words = self.rng.sample(self.words, self.rng.randint(2, 5))
         text, _ = self.listed(words, plain=True)
-        link = self.rng.choice(["", "", ":", " is number", "? number", "? it is number"])  # the answer moves away, word by word
+        link = self.rng.choice(["", "", "", ":", " is number", "? number"])  # the answer moves away, word by word
         asks = "".join(f" {words[i]}{link}^{i + 1}^" for i in self.rng.choices(range(len(words)), k=8))
         return f"{text}{self.rng.choice([' =', ' =', '.', self.filler(1)])}{asks}."
 
@@ -214,8 +214,15 @@ class Corpus:
 
     def verdict(self) -> str:
         """Every option judged where it stands; some verdicts are left out, so that the end must do without."""
-        question, options, at = self.poll()
-        keep = self.rng.choice([0.5, 1.0, 1.0])
+        if self.rng.random() < 0.3:  # no knowledge needed: which of these was named?
+            options = self.rng.sample(self.words, self.rng.randint(2, 5))
+            at = self.rng.randrange(len(options))
+            question = f"{options[at]}?"
+        else:
+            question, options, at = self.poll()
+            if self.rng.random() < self.hint:
+                question += f"^ {options[at]}^."
+        keep = self.rng.choice([0.0, 0.5, 1.0, 1.0, 1.0])
         judged = [o + (f"^ {'yes' if i == at else 'no'}^" if self.rng.random() < keep else "") for i, o in enumerate(options)]
         text, name = self.listed(judged, plain=False)
         return f"{question}{self.join()}{text}{self.filler(0.3, name, len(options))}^{self.join()}{name(at)}^."

@@ -38,13 +38,15 @@ STAGES = {
     "lists":    (3.0, 0.0, {"statements": 30, "copy": 12, "bare": 40, "lookup": 12, "answer": 6}),
     "verdicts": (3.0, 0.0, {"statements": 20, "copy": 3, "bare": 16, "lookup": 7, "answer": 8, "yesno": 8, "verdict": 22, "label": 16}),
     "quizzes":  (3.5, 0.3, {"statements": 14, "copy": 4, "bare": 20, "lookup": 20, "quiz": 20, "answer": 5, "same": 5, "yesno": 5, "verdict": 5, "label": 7}),
-    "depth":    (2.0, 0.3, {"statements": 13, "copy": 3, "bare": 16, "lookup": 18, "quiz": 18, "answer": 4, "same": 4, "yesno": 6, "verdict": 5, "label": 18}),
-    "decay":    (4.0, 0.0, {"statements": 20, "copy": 3, "bare": 4, "lookup": 7, "quiz": 10, "answer": 4, "same": 3, "yesno": 12, "verdict": 5, "label": 34}),
+    "depth":    (1.0, 0.3, {"statements": 13, "copy": 3, "bare": 16, "lookup": 18, "quiz": 18, "answer": 4, "same": 4, "yesno": 6, "verdict": 5, "label": 18}),
+    "verdicts again": (2.0, 0.3, {"statements": 13, "copy": 3, "bare": 5, "lookup": 7, "quiz": 3, "answer": 4, "same": 5, "yesno": 14, "verdict": 36, "label": 10}),
+    "labels":   (2.0, 0.1, {"statements": 15, "copy": 3, "bare": 4, "lookup": 7, "quiz": 3, "answer": 4, "same": 3, "yesno": 12, "verdict": 18, "label": 31}),
+    "decay":    (3.0, 0.0, {"statements": 18, "copy": 3, "bare": 3, "lookup": 6, "quiz": 4, "answer": 4, "same": 3, "yesno": 12, "verdict": 9, "label": 38}),
 }
 GROW, DROP, ADD = "depth", (2, 4), 3  # before that stage: middle layers that can be left out go, empty ones come on top
 B, T = 24, 128           # rows a step, tokens a row
 CHANCE = 0.1             # loss weight of what cannot be known (corpus.py's caret)
-MUON_LR, ADAM_LR, WARMUP = 0.012, 2e-3, 100
+MUON_LR, ADAM_LR, WARMUP = 0.015, 2.5e-3, 100
 
 
 # --- tokenizer -------------------------------------------------------------------------------------

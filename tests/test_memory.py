@@ -1,0 +1,61 @@
+"""What a step will take, said before it is taken."""
+
+import pytest
+import torch
+from conftest import shake
+
+import memory
+import rora
+from data import Batch, Record, collate
+from llama import Llama, LlamaConfig
+
+CFG = LlamaConfig(dim=64, n_layers=3, n_heads=4, n_kv_heads=2, hidden_dim=96, vocab_size=80)
+
+
+def batch():
+    return Batch(torch.randint(0, 80, (90,)), torch.randint(0, 80, (90,)), [40, 20, 30])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method, dropout", [("lora", 0.0), ("rora", 0.05), ("dora", 0.05), ("parallel", 0.0), ("prefix", 0.0)])
+def test_a_block_is_planned_with_what_training_keeps_for_it(dtype, method, dropout):
+    """The plan measures one block; the truth is what three blocks keep in a training step, divided by three."""
+    model = Llama(CFG).to(dtype)
+    rora.attach(model, method, 8, dropout=dropout)
+    shake(model)
+    model.train()
+    b = batch()
+    with rora.held_adapters(model) as refresh:
+        refresh()
+        plan = memory.plan(model, b, 1 << 20)
+        rows = model.rows(b.lengths)
+
+        def blocks():
+            x = model.embed_tokens(b.ids).detach().requires_grad_().clone()
+            for layer in model.layers:
+                x = layer(x, rows)
+            return x
+
+        truth = memory.saved_bytes(blocks) / 3
+    assert plan.block == pytest.approx(truth, rel=0.05)
+
+
+def test_the_memory_line_is_planned_in_training_mode_and_draws_no_random_number():
+    model = Llama(CFG)
+    rora.attach(model, "rora", 8, dropout=0.05)
+    records = [Record(torch.randint(3, 80, (n,)).tolist(), 1, 1) for n in (30, 9, 20, 12)]
+    s = rora.Settings(ckpt="", data="", method="rora", scale="sqrt", rank=8, alpha=64, dropout=0.05, targets=(), loss="all", prompt="clean",
+                      max_len=64, epochs=1, max_steps=None, batch_size=2, lr=1e-3, warmup=1, val_size=0, eval_every=1, save_every=1, seed=0,
+                      dtype="fp32", micro_batch_size=2, checkpoint_blocks="auto")
+    state = torch.get_rng_state()
+    plan, largest, recomputed = rora.plan_memory(model, records, s)
+    assert torch.equal(torch.get_rng_state(), state) and recomputed == 0
+    assert plan.tokens == sum(len(r.ids) - 1 for r in largest)
+    assert plan.tokens == max(sum(collate([records[j] for j in part]).lengths)
+                              for order in [rora.epoch_order(4, 0, 0)] for part in (order[:2], order[2:]))
+
+
+def test_as_few_blocks_are_recomputed_as_memory_allows():
+    plan = memory.MemoryPlan(tokens=1, weights=100, adapters=10, block=20, block_input=2, logits=5, blocks=4)
+    assert [plan.total(k) for k in (0, 1, 4)] == [100 + 10 + 5 + 100, 100 + 10 + 5 + 80 + 2, 100 + 10 + 5 + 20 + 8]
+    assert [plan.fewest_recomputed(room) for room in (1000, 215, 214, 196, 0)] == [0, 0, 1, 2, 4]
