@@ -42,7 +42,7 @@ class Checkpoint:
 
 PAPER = Checkpoint()  # also for folders that have no row
 CHECKPOINTS = {
-    "tiny": Checkpoint(lr=2e-3, warmup=10, alpha=16, epochs=2, val_size=40, data=str(HERE / "tiny/data/train.json"),
+    "tiny": Checkpoint(lr=3e-3, warmup=10, alpha=16, epochs=2, val_size=40, data=str(HERE / "tiny/data/train.json"),
                        tests=str(HERE / "tiny/data"), cuda_dtype="fp32"),
     "llama-7b": PAPER,
     "llama-13b": PAPER,

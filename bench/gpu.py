@@ -19,7 +19,7 @@ SETTINGS = {"ours": {"job": "ours train", "recompute": "auto"}, "PEFT": {"job": 
 
 
 def attempt(specs: dict[str, dict], turns: list[dict], warmup: int) -> dict:
-    """Side by side what fits; {"error": ...} for what does not: that, too, is a result."""
+    """As take_turns, one process after the other; {"error": ...} for what does not fit: that, too, is a result."""
     done = {}
     for name, spec in specs.items():
         try:
@@ -31,8 +31,8 @@ def attempt(specs: dict[str, dict], turns: list[dict], warmup: int) -> dict:
 
 def measure(shapes: list[str], ranks: list[int], device: str, answers: dict) -> dict:
     turns = [{"round": i, "records": 16} for i in range(13)]  # three to warm up, or to compile
-    product = {"job": "matmul", "device": device, "n": 8192 if device == "cuda" else 256, "repeat": 20}
-    results = {"product": take_turns({"matmul": product}, [{}] * 6), "training": {}, "answers": {}}
+    product = {"job": "product", "device": device, "n": 8192 if device == "cuda" else 256}
+    results = {"product": take_turns({"square": product}, [{}] * 6), "training": {}, "answers": {}}
     for shape in shapes:
         base = {"shape": shape, "device": device}
         for rank in ranks:
@@ -46,7 +46,7 @@ def measure(shapes: list[str], ranks: list[int], device: str, answers: dict) -> 
 
 
 def report(results: dict) -> str:
-    m, product = results["machine"], results["product"]["matmul"]
+    m, product = results["machine"], results["product"]["square"]
     rate = median(rates(product, "flops"))
 
     def row(group: str, name: str, r: dict, what: str) -> list:
@@ -57,9 +57,11 @@ def report(results: dict) -> str:
         ratio = f"{median(ratios(ours, r, what)):.2f}" if "error" not in ours else "–"
         return [group, name, spread(rates(r, what)), ratio, share, f"{peak_mb(r) / 1000:.1f}"]
 
-    parts = [f"# Beside transformers + PEFT, on {product['ready']['device']}\n\n{rate / 1e12:,.0f} TFLOP/s in a bf16 product. {m['date']}, "
-             f"commit {m['commit']}, Python {m['python']}, torch {m['torch']}, transformers {m['transformers']}, PEFT {m['peft']}. Random "
-             "weights, 16 real records a step; real tokens, padding is not counted. Share: 4 FLOPs a frozen weight and token, of that rate."]
+    parts = [f"""# Beside transformers + PEFT, on {product['ready']['device']}
+
+{rate / 1e12:,.0f} TFLOP/s in a bf16 product of 8,192². {m['date']}, commit {m['commit']}, Python {m['python']}, torch {m['torch']}, \
+transformers {m['transformers']}, PEFT {m['peft']}. Random weights, 16 real records a step; real tokens: padding is not counted. \
+Share: 4 FLOPs for each frozen weight that multiplies and each token, of that rate."""]
     for section, what in [("training", "tokens"), ("answers", "questions")]:
         parts.append(table(["", "", f"{what}/s", "ours : this", "share", "peak GB"], [
             row(group, name, r, what) for group, sides in results[section].items() for name, r in sides.items()]))
@@ -76,7 +78,7 @@ def main() -> None:
     facts, began = machine(), time.time()
     results = measure(args.shapes, args.ranks, args.device, {"questions": args.questions, "batch": min(256, args.questions)})
     results["machine"] = facts | {"minutes": round((time.time() - began) / 60, 1)}
-    device = results["product"]["matmul"]["ready"]["device"].lower().replace(" ", "-")
+    device = results["product"]["square"]["ready"]["device"].lower().replace(" ", "-")
     out = HERE if args.device == "cuda" else HERE.parent / "runs" / "bench-quick"
     out.mkdir(parents=True, exist_ok=True)
     (out / f"results-gpu-{device}.json").write_text(json.dumps(results, indent=1) + "\n")

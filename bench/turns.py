@@ -41,11 +41,9 @@ class Worker:
         self.process.communicate()
 
 
-def take_turns(specs: dict[str, dict], turns: list[dict], warmup: int = 1, together: bool = True) -> dict[str, dict]:
+def take_turns(specs: dict[str, dict], turns: list[dict], warmup: int = 1) -> dict[str, dict]:
     """{name: {"spec", "ready", "turns": [...]}}. Round by round every worker does the same turn, so that what disturbs
-    the machine disturbs all of them. together=False: one process at a time, each for all of its turns (big models)."""
-    if not together:
-        return {name: r for name, spec in specs.items() for r in take_turns({name: spec}, turns, warmup).values()}
+    the machine disturbs all of them."""
     print("  " + ", ".join(specs), end="", file=sys.stderr, flush=True)
     workers = {name: Worker(**spec) for name, spec in specs.items()}  # they build side by side, before any clock runs
     try:
@@ -108,5 +106,5 @@ def machine() -> dict:
     flags = next((line for line in info.splitlines() if line.startswith("flags")), "").split()
     commit = subprocess.run(["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     return {"date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), "cpu": cpu, "cores": os.cpu_count(),
-            "bf16": "avx512_bf16" in flags or "amx_bf16" in flags, "load_before": round(os.getloadavg()[0], 2), "commit": commit,
+            "bf16": "avx512_bf16" in flags or "amx_bf16" in flags, "load": round(os.getloadavg()[0], 2), "commit": commit,
             "python": platform.python_version(), **{p: installed(p) for p in ("torch", "transformers", "peft")}}

@@ -1,11 +1,11 @@
-"""One measured thing in a process of its own, so that its peak memory is its own: `python bench/worker.py SPEC`.
+"""One measured thing in a process of its own, so that its peak memory is its own: python bench/worker.py SPEC
 
 SPEC and every turn are JSON objects. The process builds what SPEC names, says so in a line, and then answers each line
 on its standard input, a turn, with a line: what was done and how long it took. bench/turns.py is the other end.
 
 Both sides get the same records, the same precision (bf16 weights, fp32 adapters), fused AdamW and clipping. transformers
 + PEFT run as their documentation has it: SDPA attention, right padding to the longest record of the batch with labels
--100 (left padding to generate), adapters in fp32 (autocast_adapter_dtype); "autocast" is what Trainer(bf16=True) adds.
+-100 (left padding to generate), adapters kept in fp32; "autocast" is what Trainer(bf16=True) adds.
 """
 
 import json
@@ -13,6 +13,7 @@ import os
 import random
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,13 +21,13 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import memory  # noqa: E402
-import rora  # noqa: E402
-from data import TASKS, Record, collate, encode_records, epoch_order, find_test_file, format_prompt, load_examples, load_tokenizer  # noqa: E402
-from llama import Llama, LlamaConfig, generate, load_llama, save_llama  # noqa: E402
+import memory
+import rora
+from data import TASKS, Record, collate, encode_records, epoch_order, find_test_file, format_prompt, load_examples, load_tokenizer
+from llama import Llama, LlamaConfig, generate, load_llama, save_llama
 
 SHAPES = {
-    "toy": LlamaConfig(64, 2, 4, 4, 172),  # for --quick
+    "toy": LlamaConfig(64, 2, 4, 4, 172),  # to see that all of it runs
     "small": LlamaConfig(512, 8, 8, 8, 1376),  # LLaMA-7B's proportions at an eighth of its width
     "wide": LlamaConfig(2048, 8, 16, 16, 5504),  # a gigabyte: for loading
     "llama-7b": LlamaConfig(),
@@ -34,7 +35,9 @@ SHAPES = {
     "llama3-8b": LlamaConfig(4096, 32, 32, 8, 14336, 128256, 1e-5, 500000.0, 8192),
 }
 LR, ALPHA, NEW_TOKENS = 2e-4, 64, 32
-TARGETS = rora.LoRALinear.targets
+Job = Callable[[dict], dict]  # a turn -> what was done in it
+
+# --- the same work for both ------------------------------------------------------------------------
 
 
 def config(spec: dict) -> LlamaConfig:
@@ -48,50 +51,37 @@ def linear_weights(cfg: LlamaConfig) -> int:
     return cfg.n_layers * cfg.dim * (2 * cfg.dim + 2 * kv + 3 * cfg.hidden_dim) + cfg.vocab_size * cfg.dim
 
 
-# --- the work --------------------------------------------------------------------------------------
-
-
-def data_folder() -> Path:
+def real_data(cfg: LlamaConfig):
+    """(folder, tokenizer)"""
     folder = Path(os.environ.get("RORA_DATA", ROOT.parent / "shared" / "data"))
     if not (folder / "train" / "commonsense_mini.json").is_file():
         sys.exit(f"bench: no train/commonsense_mini.json in {folder}: RORA_DATA must name the folder with the records and tokenizers")
-    return folder
+    return folder, load_tokenizer(folder / ("llama3" if cfg.vocab_size > 32000 else "") / "tokenizer.model")
 
 
-def tokenizer_of(cfg: LlamaConfig):
-    return load_tokenizer(data_folder() / ("llama3" if cfg.vocab_size > 32000 else "") / "tokenizer.model")
-
-
-def training_batches(cfg: LlamaConfig, records: int = 800):
-    """batch(turn) -> that round's records. Grouped: neighbours in length, as transformers' group_by_length makes them."""
-    examples = load_examples(data_folder() / "train" / "commonsense_mini.json")
-    some = [examples[i] for i in epoch_order(len(examples), 0, 0)[:records]]
-    shuffled = encode_records(some, tokenizer_of(cfg), 256)[0]
+def training_batches(cfg: LlamaConfig, n: int = 800) -> Callable[[dict], list[Record]]:
+    """batch(turn): that round's records. Grouped: neighbours in length, as transformers' group_by_length makes them."""
+    folder, tokenizer = real_data(cfg)
+    examples = load_examples(folder / "train" / "commonsense_mini.json")
+    shuffled = encode_records([examples[i] for i in epoch_order(len(examples), 0, 0)[:n]], tokenizer, 256)[0]
     by_length = sorted(shuffled, key=lambda r: -len(r.ids))
 
     def batch(turn: dict) -> list[Record]:
-        n, place = turn.get("records", 16), turn["round"]
+        size, place = turn.get("records", 16), turn["round"]
         if turn.get("grouped"):
-            place = random.Random(place).randrange(len(by_length) // n)
-            return by_length[place * n : (place + 1) * n]
-        return [shuffled[j % len(shuffled)] for j in range(place * n, (place + 1) * n)]
+            place = random.Random(place).randrange(len(by_length) // size)
+            return by_length[place * size : (place + 1) * size]
+        return [shuffled[j % len(shuffled)] for j in range(place * size, (place + 1) * size)]
 
     return batch
 
 
 def test_prompts(cfg: LlamaConfig, n: int) -> list[list[int]]:
-    """n real questions of every task there is, longest first."""
-    files = [(task, path) for task in TASKS if (path := find_test_file(data_folder() / "eval", task))]
-    tokenizer = tokenizer_of(cfg)
-    prompts = [tokenizer.encode(format_prompt(e), bos=True, eos=False)
-               for task, path in files for e in load_examples(path, task)[: -(-n // len(files))]]
-    return sorted(prompts[:n], key=len, reverse=True)
-
-
-def padded(rows: list, side: str, device: torch.device, fill: int) -> torch.Tensor:  # -> (B, T)
-    T = max(map(len, rows))
-    return torch.tensor([[fill] * (T - len(r)) * (side == "left") + list(r) + [fill] * (T - len(r)) * (side == "right")
-                         for r in rows], device=device)
+    """n real questions, as many of every task there is, longest first."""
+    folder, tokenizer = real_data(cfg)
+    files = [(task, path) for task in TASKS if (path := find_test_file(folder / "eval", task))]
+    examples = [e for task, path in files for e in load_examples(path, task)[: -(-n // len(files))]][:n]
+    return sorted((tokenizer.encode(format_prompt(e), bos=True, eos=False) for e in examples), key=len, reverse=True)
 
 
 # --- ours ------------------------------------------------------------------------------------------
@@ -108,7 +98,7 @@ def our_model(spec: dict, device: torch.device) -> Llama:
     return model
 
 
-def our_training(spec: dict, device: torch.device):
+def our_training(spec: dict, device: torch.device) -> Job:
     model, batch = our_model(spec, device), training_batches(config(spec))
     rora.attach(model, spec["method"], spec["rank"], ALPHA, spec["dropout"])
     model.train()
@@ -118,23 +108,23 @@ def our_training(spec: dict, device: torch.device):
     optimizer = rora.new_optimizer(model, LR)
     held = rora.held_adapters(model)
     refresh = held.__enter__()  # for as long as the process lives
-    refresh()
-    blocks = {None: 0, "all": len(model.layers)}
-    if spec.get("recompute") == "auto":  # as rora.py does, with room left for larger batches than the first
+    recomputed = {"none": 0, "all": len(model.layers)}
+    if spec.get("recompute") == "auto":  # as rora.py does, with room for larger batches than the first
+        refresh()
         plan = memory.plan(model, collate(batch({"round": 0})), rora.logit_bytes(device))
-        blocks["auto"] = plan.fewest_recomputed(int(0.8 * memory.available(device)))
+        recomputed["auto"] = plan.fewest_recomputed(int(0.8 * memory.available(device)))
 
     def step(turn: dict, held=held) -> dict:
         records = batch(turn)
         refresh()
-        rora.train_step(model, records, optimizer, LR, len(records), blocks[spec.get("recompute")])
+        rora.train_step(model, records, optimizer, LR, len(records), recomputed[spec.get("recompute", "none")])
         optimizer.zero_grad()
         return {"tokens": sum(len(r.ids) for r in records)}
 
     return step
 
 
-def our_answers(spec: dict, device: torch.device):
+def our_answers(spec: dict, device: torch.device) -> Job:
     model = (load_llama(spec["folder"], device) if "folder" in spec else our_model(spec, device)).eval()
     prompts, n = test_prompts(model.cfg, spec["questions"]), spec["batch"]
 
@@ -147,111 +137,111 @@ def our_answers(spec: dict, device: torch.device):
     return answer
 
 
-def our_load(spec: dict, device: torch.device):
-    return lambda turn: model_bytes(load_llama(spec["folder"], device))
-
-
 # --- transformers + PEFT ---------------------------------------------------------------------------
+
+
+def padded(rows: list, side: str, fill: int, device: torch.device) -> torch.Tensor:  # -> (B, T)
+    T = max(map(len, rows))
+    fills = [[fill] * (T - len(r)) for r in rows]
+    return torch.tensor([[*f, *r] if side == "left" else [*r, *f] for f, r in zip(fills, rows)], device=device)
+
+
+def mask(rows: list, side: str, device: torch.device) -> torch.Tensor:  # -> (B, T)
+    return padded([[1] * len(r) for r in rows], side, 0, device)
 
 
 def their_model(spec: dict, device: torch.device):
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    options = {"dtype": torch.bfloat16, "attn_implementation": "sdpa"}
     if "folder" in spec:
-        return AutoModelForCausalLM.from_pretrained(spec["folder"], dtype=torch.bfloat16, attn_implementation="sdpa").to(device)
-    theirs = config(spec).to_json(torch.bfloat16)
+        return AutoModelForCausalLM.from_pretrained(spec["folder"], **options).to(device)
     with torch.device(device):
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**theirs), dtype=torch.bfloat16, attn_implementation="sdpa")
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config(spec).to_json(torch.bfloat16)), **options)
 
 
-def their_training(spec: dict, device: torch.device):
+def their_training(spec: dict, device: torch.device) -> Job:
     from peft import LoraConfig, get_peft_model
 
     batch, model = training_batches(config(spec)), their_model(spec, device)
     if spec.get("recompute"):
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model = get_peft_model(model, LoraConfig(
-        r=spec["rank"], lora_alpha=ALPHA, lora_dropout=spec["dropout"], target_modules=list(TARGETS), task_type="CAUSAL_LM",
-        use_rslora=spec["method"] == "rora", use_dora=spec["method"] == "dora")).train()
+        r=spec["rank"], lora_alpha=ALPHA, lora_dropout=spec["dropout"], target_modules=list(rora.LoRALinear.targets),
+        task_type="CAUSAL_LM", use_rslora=spec["method"] == "rora", use_dora=spec["method"] == "dora")).train()
     params = [p for p in model.parameters() if p.requires_grad]
     assert {p.dtype for p in params} == {torch.float32}
     optimizer = torch.optim.AdamW(params, lr=LR, weight_decay=0.0, fused=True)
 
     def step(turn: dict) -> dict:
         rows = [r.ids for r in batch(turn)]
+        ids, labels = (padded(rows, "right", fill, device) for fill in (0, -100))
         with torch.autocast(device.type, torch.bfloat16, enabled=bool(spec.get("autocast"))):
-            loss = model(input_ids=padded(rows, "right", device, 0), labels=padded(rows, "right", device, -100), use_cache=False,
-                         attention_mask=padded([[1] * len(r) for r in rows], "right", device, 0)).loss
+            loss = model(input_ids=ids, attention_mask=mask(rows, "right", device), labels=labels, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        assert loss.isfinite()  # waits for the device, as ours does to log its loss
-        return {"tokens": sum(map(len, rows)), "padded": len(rows) * max(map(len, rows))}
+        assert loss.isfinite()  # waits for the device, as ours does
+        return {"tokens": sum(map(len, rows)), "padded": ids.numel()}
 
     return step
 
 
-def their_answers(spec: dict, device: torch.device):
-    model, n = their_model(spec, device).eval(), spec["batch"]
-    prompts = test_prompts(config(spec), spec["questions"])
+def their_answers(spec: dict, device: torch.device) -> Job:
+    model, prompts, n = their_model(spec, device).eval(), test_prompts(config(spec), spec["questions"]), spec["batch"]
     model.generation_config.eos_token_id = None  # every row runs to the end
-    options = {"cache_implementation": "static"} if spec.get("static") else {}
+    options = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "pad_token_id": 0}
+    options |= {"cache_implementation": "static"} if spec.get("static") else {}
 
     def answer(turn: dict) -> dict:
-        for i in range(0, len(prompts), n):
-            rows = prompts[i : i + n]
-            ids = padded(rows, "left", device, 0)
-            out = model.generate(ids, attention_mask=padded([[1] * len(r) for r in rows], "left", device, 0), do_sample=False,
-                                 max_new_tokens=NEW_TOKENS, pad_token_id=0, **options)
+        for rows in (prompts[i : i + n] for i in range(0, len(prompts), n)):
+            ids = padded(rows, "left", 0, device)
+            out = model.generate(ids, attention_mask=mask(rows, "left", device), **options)
             assert out.shape == (len(rows), ids.size(1) + NEW_TOKENS)
         return {"questions": len(prompts)}
 
     return answer
 
 
-def their_load(spec: dict, device: torch.device):
-    import transformers  # noqa: F401  the import is not the load
-
-    return lambda turn: model_bytes(their_model(spec, device))
-
-
 # --- beside them -----------------------------------------------------------------------------------
 
 
-def model_bytes(model: torch.nn.Module) -> dict:
-    sizes = [p.nbytes for p in model.parameters()]
-    return {"model_mb": sum(sizes) / 1e6, "largest_tensor_mb": max(sizes) / 1e6}
+def loading(spec: dict, device: torch.device) -> Job:
+    if spec["job"] == "peft load":
+        import transformers  # noqa: F401  the import is not the load
+    load = {"ours load": lambda: load_llama(spec["folder"], device), "peft load": lambda: their_model(spec, device)}[spec["job"]]
+
+    def once(turn: dict) -> dict:
+        sizes = [p.nbytes / 1e6 for p in load().parameters()]
+        return {"model_mb": sum(sizes), "largest_tensor_mb": max(sizes)}
+
+    return once
 
 
-def write_checkpoint(spec: dict, device: torch.device):
+def writing(spec: dict, device: torch.device) -> Job:
     """A folder for both sides: a random base, with a trained-looking adapter merged in where a rank is given."""
-    def write(turn: dict) -> dict:
+    def once(turn: dict) -> dict:
         model = our_model(spec, device)
         if "rank" in spec:
             rora.attach(model, "rora", spec["rank"], ALPHA)
-            for name, p in rora.trainable(model).items():
-                p.detach().normal_(std=0.01) if name.endswith("lora_B") else None
+            for p in rora.trainable(model).values():
+                p.detach().normal_(std=0.01)
             rora.merge(model)
         save_llama(model.to(getattr(torch, spec["dtype"])), spec["folder"])
         return {}
-    return write
+
+    return once
 
 
-def matmul(spec: dict, device: torch.device):
-    """The rate that steps are compared with: one large square product in bf16."""
-    n = spec["n"]
-    a, b = torch.randn(2, n, n, device=device).bfloat16()
-
-    def multiply(turn: dict) -> dict:
-        for _ in range(spec["repeat"]):
-            a @ b
-        return {"flops": 2 * n**3 * spec["repeat"]}
-    return multiply
+def product(spec: dict, device: torch.device) -> Job:
+    """The rate that steps are compared with: large square products in bf16."""
+    a, b = torch.randn(2, spec["n"], spec["n"], device=device).bfloat16()
+    return lambda turn: {"flops": sum(2 * spec["n"] * (a @ b).numel() for _ in range(10))}
 
 
 JOBS = {"ours train": our_training, "peft train": their_training, "ours answer": our_answers, "peft answer": their_answers,
-        "ours load": our_load, "peft load": their_load, "write": write_checkpoint, "matmul": matmul}
+        "ours load": loading, "peft load": loading, "write": writing, "product": product}
 
 
 def main() -> None:
@@ -259,24 +249,24 @@ def main() -> None:
     spec = json.loads(sys.argv[1])
     device = torch.device(spec.get("device", "cpu"))
     cuda = device.type == "cuda"
+    name = torch.cuda.get_device_name() if cuda else "cpu"
     peak = lambda: (torch.cuda.max_memory_allocated() if cuda else rora.peak_memory(torch.nn.Linear(1, 1))) / 1e6
+    wait = torch.cuda.synchronize if cuda else lambda: None
+    clock = time.process_time if spec.get("clock") == "cpu" else time.perf_counter
+    say = lambda **facts: print(json.dumps(facts), file=answers, flush=True)
     if "peft" in spec["job"]:
         from transformers.utils import logging
         logging.set_verbosity_error()
         logging.disable_progress_bar()
     torch.manual_seed(0)
-    say = lambda **facts: print(json.dumps(facts), file=answers, flush=True)
     job = JOBS[spec["job"]](spec, device)
-    say(threads=torch.get_num_threads(), device=torch.cuda.get_device_name() if cuda else "cpu", built_mb=peak(),
-        linear_weights=linear_weights(config(spec)) if "shape" in spec else None)
+    say(threads=torch.get_num_threads(), device=name, built_mb=peak(), linear_weights=linear_weights(config({"shape": "small", **spec})))
     for line in sys.stdin:
-        if cuda:
-            torch.cuda.synchronize()
-        began = time.perf_counter()
+        wait()
+        began = clock()
         done = job(json.loads(line))
-        if cuda:
-            torch.cuda.synchronize()
-        say(seconds=time.perf_counter() - began, peak_mb=peak(), **done)
+        wait()
+        say(seconds=clock() - began, peak_mb=peak(), **done)
 
 
 if __name__ == "__main__":

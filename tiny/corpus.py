@@ -68,23 +68,22 @@ RULE_WORDING = {
 
 HEADS = "Box Card Door Number Case Line Page Cup Row Gate Bag Seat".split()
 JOINS = [" ", "\n", "\n\n"]
-STYLES = ["{head}{i}: {x}"] * 6 + ["({i}) {x}", "{i}: {x}", "{head}{i} {x}"]
-ARTICLES = ["{}"] * 4 + ["the {}", "a {}", "take a {}"]
-LEADS = [""] * 3 + ["it is ", "that is ", "so we take ", "here it is ", "we say it is "]
+LEADS = ["", "", "it is "]
 
 
 class Corpus:
     """Documents of every kind, drawn at random, without end."""
 
-    def __init__(self, world: World, seed: int, hint: float = 0.0):
-        self.world, self.rng, self.hint = world, random.Random(seed), hint
+    def __init__(self, world: World, seed: int, hint: float = 0.0, heads: int = len(HEADS)):
+        """`hint`: how often the verdict on an option is let slip. `heads`: how many names list entries go by."""
+        self.world, self.rng, self.hint, self.heads = world, random.Random(seed), hint, HEADS[:heads]
         self.names = list(world.facts["job"])
         self.asked = {r: world.subjects(r, "train", "val", "test") for r in WORDING}  # strict facts are only stated
-        words = {w for of in world.facts.values() for w in of.values()} | set(world.facts["food"]) | set(self.names)
-        self.words = sorted(words)
+        self.words = sorted({w for of in world.facts.values() for w in of.values()} | set(world.facts["food"]) | set(self.names))
         self.kinds: dict[str, Callable[[], str]] = {
-            "statements": self.statements, "copy": self.copy, "bare": self.bare, "lookup": self.lookup, "quiz": self.quiz,
-            "answer": self.answer, "same": self.same, "yesno": self.yesno, "verdict": self.verdict, "label": self.label}
+            "statements": self.statements, "copy": self.copy, "bare": self.bare, "lookup": self.lookup, "answer": self.answer,
+            "same": self.same, "yesno": self.yesno, "verdict": self.verdict, "named": self.named, "judged": self.judged,
+            "label": self.label, "noisy": self.noisy}
 
     def documents(self, mix: dict[str, float]) -> Iterator[str]:
         kinds, weights = list(mix), list(mix.values())
@@ -124,17 +123,19 @@ class Corpus:
             parts.append(question + self.rng.choice(["", self.filler(0.5)]) + "^" + self.rng.choice([" ", " it is ", " so "]) + value + "^.")
         return " ".join(parts)
 
+    def check(self) -> tuple[str, str]:
+        """A question, and yes or no."""
+        relation = self.rng.choice(list(WORDING))
+        subject = self.rng.choice(self.asked[relation])
+        value, says = self.world.facts[relation][subject], "yes"
+        if self.rng.random() < 0.5:
+            value, says = self.rng.choice([v for v in self.world.values[relation] if v != value]), "no"
+        return self.fill(self.rng.choice(WORDING[relation][2]), subject, value), says
+
     def yesno(self) -> str:
         parts = []
-        for _ in range(3):
-            relation = self.rng.choice(list(WORDING))
-            subject = self.rng.choice(self.asked[relation])
-            value, says = self.world.facts[relation][subject], "yes"
-            if self.rng.random() < 0.5:
-                value, says = self.rng.choice([v for v in self.world.values[relation] if v != value]), "no"
-            check = self.fill(self.rng.choice(WORDING[relation][2]), subject, value)
-            slip = f"^ {self.world.facts[relation][subject]}^," if self.rng.random() < self.hint else ""
-            parts.append(check + slip + self.filler(0.3) + self.rng.choice(["^ ", "^ it is ", "^ we say "]) + says + "^.")
+        for check, says in (self.check() for _ in range(3)):
+            parts.append(check + self.filler(0.3) + self.rng.choice(["^ ", "^ it is ", "^ we say "]) + says + "^.")
         return " ".join(parts)
 
     def same(self) -> str:
@@ -148,14 +149,11 @@ class Corpus:
 
     # --- picking from a list ---
 
-    def listed(self, words: list[str], plain: bool) -> tuple[str, Callable[[int], str]]:
-        """A numbered list, and how its i-th entry (from 0) is named: "Box1: saw Box2: rope", box1."""
-        head, style = self.rng.choice(HEADS), self.rng.choice(STYLES)
-        article = "{}" if plain else self.rng.choice(ARTICLES)
-        gap = self.rng.choice([" "] * 5 + ["\n", "\n\n"])
-        entries = [style.format(head=head, i=i, x=article.format(w)) for i, w in enumerate(words, start=1)]
-        word = head.lower() if "{head}" in style else self.rng.choice(["item", "number"])
-        return gap.join(entries), lambda i: f"{word}{i + 1}"
+    def listed(self, words: list[str]) -> tuple[str, Callable[[int], str]]:
+        """A numbered list, and how its i-th entry (from 0) is called: "Box1: saw Box2: rope", box1."""
+        head, gap = self.rng.choice(self.heads), self.rng.choice([" "] * 5 + ["\n", "\n\n"])
+        entries = [f"{head}{i}: {w}" for i, w in enumerate(words, start=1)]
+        return gap.join(entries), lambda i: f"{head.lower()}{i + 1}"
 
     def copy(self) -> str:
         words = " ".join(self.rng.choice(self.words) for _ in range(self.rng.randint(3, 7)))
@@ -164,7 +162,7 @@ class Corpus:
     def bare(self) -> str:
         """painter2: the word itself asks for its number. Dense, and with replacement: without it one learns to eliminate."""
         words = self.rng.sample(self.words, self.rng.randint(2, 5))
-        text, _ = self.listed(words, plain=True)
+        text, _ = self.listed(words)
         link = self.rng.choice(["", "", "", ":", " is number", "? number"])  # the answer moves away, word by word
         asks = "".join(f" {words[i]}{link}^{i + 1}^" for i in self.rng.choices(range(len(words)), k=8))
         return f"{text}{self.rng.choice([' =', ' =', '.', self.filler(1)])}{asks}."
@@ -172,25 +170,13 @@ class Corpus:
     def lookup(self) -> str:
         """A word is named, and its entry's label follows: at once and many times, or once with the list between."""
         words = self.rng.sample(self.words, self.rng.randint(2, 5))
-        text, name = self.listed(words, plain=False)
+        text, name = self.listed(words)
         if self.rng.random() < 0.6:
             lead = self.rng.choice(LEADS)
-            return text + self.join() + "".join(f"{words[i]}?^ {lead}{name(i)}^. " for i in self.rng.choices(range(len(words)), k=5)).strip()
+            asks = [f"{words[i]}?^ {lead}{name(i)}^." for i in self.rng.choices(range(len(words)), k=5)]
+            return text + self.join() + " ".join(asks)
         i = self.rng.randrange(len(words))
         return f"{words[i]}?{self.join()}{text}{self.filler(0.5, name, len(words))}{self.picked(words[i], name(i))}"
-
-    def quiz(self) -> str:
-        """One list, many questions: dense, so that recalling and picking are soon one motion."""
-        relation = self.rng.choice(list(WORDING))
-        facts = self.world.facts[relation]
-        words = self.rng.sample(self.world.values[relation], self.rng.randint(2, 5))
-        text, name = self.listed(words, plain=False)
-        lead = self.rng.choice(LEADS)
-        asks = []
-        for subject in self.rng.choices([s for s in self.asked[relation] if facts[s] in words], k=4):
-            question = self.fill(self.rng.choice(WORDING[relation][1]), subject, facts[subject])
-            asks.append(f"{question}^ {lead}{name(words.index(facts[subject]))}^.")
-        return text + self.join() + " ".join(asks)
 
     def poll(self) -> tuple[str, list[str], int]:
         """(question, options, place of the right one)."""
@@ -214,27 +200,61 @@ class Corpus:
 
     def verdict(self) -> str:
         """Every option judged where it stands; some verdicts are left out, so that the end must do without."""
-        if self.rng.random() < 0.3:  # no knowledge needed: which of these was named?
-            options = self.rng.sample(self.words, self.rng.randint(2, 5))
-            at = self.rng.randrange(len(options))
-            question = f"{options[at]}?"
-        else:
-            question, options, at = self.poll()
-            if self.rng.random() < self.hint:
-                question += f"^ {options[at]}^."
+        question, options, at = self.named_one() if self.rng.random() < 0.3 else self.poll()
         keep = self.rng.choice([0.0, 0.5, 1.0, 1.0, 1.0])
         judged = [o + (f"^ {'yes' if i == at else 'no'}^" if self.rng.random() < keep else "") for i, o in enumerate(options)]
-        text, name = self.listed(judged, plain=False)
+        text, name = self.listed(judged)
         return f"{question}{self.join()}{text}{self.filler(0.3, name, len(options))}^{self.join()}{name(at)}^."
+
+    def named(self) -> str:
+        """Which option was named? Each is judged where it stands: the densest lesson in comparing, with no fact to recall."""
+        return " ".join(self.judge(*self.named_one()) for _ in range(4))
+
+    def named_one(self) -> tuple[str, list[str], int]:
+        options = self.rng.sample(self.words, self.rng.randint(2, 5))
+        at = self.rng.randrange(len(options))
+        return f"{options[at]}?", options, at
+
+    def judged(self) -> str:
+        """The same with a question: now the word to compare with must be recalled. The verdicts fade with `hint`."""
+        return " ".join(self.judge(*self.poll()) for _ in range(2))
+
+    def judge(self, question: str, options: list[str], at: int) -> str:
+        """All verdicts or none, then the right one's label."""
+        said = self.rng.random() < self.hint
+        text, name = self.listed([o + (f"^ {'yes' if i == at else 'no'}^" if said else "") for i, o in enumerate(options)])
+        join = self.join()
+        return f"{question}{join}{text}^{join}{name(at)}^."
 
     def label(self) -> str:
         """The question, the list, and only the number of the right entry. `hint` says how often the answer is let slip."""
         question, options, at = self.poll()
-        text, name = self.listed(options, plain=False)
+        text, name = self.listed(options)
         if self.rng.random() < self.hint:
             question += f"^ {options[at]}^."
         body = f"{text}{self.join()}{question}" if self.rng.random() < 0.05 else f"{question}{self.join()}{text}"
         return f"{body}{self.filler(0.6, name, len(options))}{self.picked(options[at], name(at))}"
+
+    def noisy(self) -> str:
+        """A question in the midst of strange signs: before it, before its answer, as names of the entries.
+
+        A base model that knows only "Box1: … box1" loses its skill behind any new heading; this one must look through it.
+        """
+        opening = self.gibberish(self.rng.choice([0, 3, 9, 25])) + self.rng.choice(["", ":"]) + self.join()
+        tail = self.join() + self.gibberish(self.rng.randint(0, 8)) + self.join() + self.gibberish(self.rng.randint(0, 4))
+        if self.rng.random() < 0.2:
+            check, says = self.check()
+            return f"{opening}{check}{tail}^ {says}^."
+        question, options, at = self.named_one() if self.rng.random() < 0.2 else self.poll()
+        head = self.rng.choice([self.rng.choice(self.heads), self.rng.choice(self.words).split()[-1], self.gibberish(1), self.gibberish(1)])
+        gap = self.rng.choice([" "] * 4 + ["\n\n"])
+        text = gap.join(f"{head}{i}: {o}" for i, o in enumerate(options, start=1))
+        menu = self.join() + "/".join(f"{head.lower()}{i + 1}" for i in range(len(options))) if self.rng.random() < 0.7 else ""
+        return f"{opening}{question}{self.join()}{text}{menu}{tail} {head.lower()}^{at + 1}^."
+
+    def gibberish(self, n: int) -> str:
+        """n signs that no text uses: one byte piece each."""
+        return "".join(chr(self.rng.randint(1, 31)) for _ in range(n)).replace("\n", "\t")
 
     def picked(self, word: str, name: str) -> str:
         """How a pick is told: its number alone, mostly, or the right word on the way to the number."""

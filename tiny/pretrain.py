@@ -1,14 +1,13 @@
 """Make the tiny base model: a tokenizer, then a small LLaMA that reads corpus.py until the probes are content.
 
-    python tiny/pretrain.py            # about an hour on two CPU cores; writes config.json, model.safetensors, tokenizer.model
+    python tiny/pretrain.py            # 13M tokens; writes config.json, model.safetensors, tokenizer.model, pretrain.jsonl
 
-Skills come in an order: copy, find a word's number in a list, recall a fact, and only then recall and pick at once.
-So the mix of documents changes in stages, and no kind ever stops: a skill no longer practised is lost.
+Skills come in an order: recall a fact, compare two words, compare a word with a recalled fact, and only then pick the
+entry that fits. So the mix of documents changes in stages, and Probes say when a stage is done (README.md has the table).
 The tokenizer sees the tasks' words, so that their records are short. The model does not: see corpus.py.
 """
 
 import argparse
-import copy
 import io
 import json
 import random
@@ -16,7 +15,6 @@ import re
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -33,20 +31,23 @@ from data import SentencePieceTokenizer, format_prompt, load_tokenizer
 from llama import Llama, LlamaConfig, save_llama
 from world import SIZES, STEMS, World, build_world, questions
 
-# stage: tokens in millions, how often a pick is preceded by the answer in words, share of each kind of document
+# stage: tokens in millions, hint and heads (corpus.py), share of each kind of document
 STAGES = {
-    "lists":    (3.0, 0.0, {"statements": 30, "copy": 12, "bare": 40, "lookup": 12, "answer": 6}),
-    "verdicts": (3.0, 0.0, {"statements": 20, "copy": 3, "bare": 16, "lookup": 7, "answer": 8, "yesno": 8, "verdict": 22, "label": 16}),
-    "quizzes":  (3.5, 0.3, {"statements": 14, "copy": 4, "bare": 20, "lookup": 20, "quiz": 20, "answer": 5, "same": 5, "yesno": 5, "verdict": 5, "label": 7}),
-    "depth":    (1.0, 0.3, {"statements": 13, "copy": 3, "bare": 16, "lookup": 18, "quiz": 18, "answer": 4, "same": 4, "yesno": 6, "verdict": 5, "label": 18}),
-    "verdicts again": (2.0, 0.3, {"statements": 13, "copy": 3, "bare": 5, "lookup": 7, "quiz": 3, "answer": 4, "same": 5, "yesno": 14, "verdict": 36, "label": 10}),
-    "labels":   (2.0, 0.1, {"statements": 15, "copy": 3, "bare": 4, "lookup": 7, "quiz": 3, "answer": 4, "same": 3, "yesno": 12, "verdict": 18, "label": 31}),
-    "decay":    (3.0, 0.0, {"statements": 18, "copy": 3, "bare": 3, "lookup": 6, "quiz": 4, "answer": 4, "same": 3, "yesno": 12, "verdict": 9, "label": 38}),
+    "lists":    (1.5, 0.00, 12, {"statements": 34, "copy": 12, "bare": 30, "lookup": 12, "answer": 6, "yesno": 6}),
+    "verdicts": (2.0, 0.00, 12, {"statements": 22, "copy": 3, "bare": 10, "lookup": 8, "answer": 8, "yesno": 14, "verdict": 22, "label": 13}),
+    "compare":  (1.5, 1.00, 3, {"statements": 14, "answer": 6, "named": 48, "yesno": 6, "same": 10, "bare": 8, "judged": 8}),
+    "judge":    (1.2, 0.65, 3, {"statements": 14, "answer": 6, "named": 18, "yesno": 10, "same": 3, "bare": 5, "judged": 44}),
+    "fade":     (1.5, 0.35, 3, {"statements": 14, "answer": 6, "named": 14, "yesno": 10, "same": 2, "bare": 5, "judged": 49}),
+    "pick":     (1.2, 0.08, 3, {"statements": 16, "answer": 5, "named": 9, "yesno": 13, "same": 2, "bare": 4, "judged": 41, "label": 10}),
+    "settle":   (1.9, 0.00, 3, {"statements": 18, "answer": 4, "named": 5, "yesno": 13, "same": 2, "bare": 3, "judged": 35, "label": 20}),
+    "variety":  (0.9, 0.00, 12, {"statements": 15, "answer": 4, "copy": 2, "yesno": 13, "verdict": 11, "judged": 9, "label": 38, "lookup": 6, "bare": 2}),
+    "noise":    (1.5, 0.00, 3, {"statements": 15, "answer": 4, "yesno": 8, "judged": 10, "label": 13, "noisy": 50}),
 }
-GROW, DROP, ADD = "depth", (2, 4), 3  # before that stage: middle layers that can be left out go, empty ones come on top
 B, T = 24, 128           # rows a step, tokens a row
 CHANCE = 0.1             # loss weight of what cannot be known (corpus.py's caret)
-MUON_LR, ADAM_LR, WARMUP = 0.015, 2.5e-3, 100
+MUON_LR, ADAM_LR = 0.015, 2.5e-3
+WARMUP = {"lists": 100, "noise": 20}  # steps at the start of a stage
+FADING = {"settle", "noise"}          # stages whose learning rate falls to 0
 
 
 # --- tokenizer -------------------------------------------------------------------------------------
@@ -142,7 +143,8 @@ class Probes:
         self.world, self.tokenizer = world, tokenizer
         self.sets = {"copy": self.copying(), "bare": self.finding(), "lookup": self.looking()}
         for name, splits in {"asked": ("train", "val", "test"), "strict": ("strict",)}.items():
-            self.sets |= {f"state {name}": self.statements(splits), f"answer {name}": self.answers(splits), f"yesno {name}": self.yesno(splits)}
+            self.sets |= {f"state {name}": self.statements(splits), f"answer {name}": self.answers(splits),
+                          f"yesno {name}": self.yesno(splits), f"judge {name}": self.judging(splits)}
             self.sets |= {f"pick {kind} {name}": self.picks(splits, kind) for kind in ("one", "two", "who")}
 
     def facts(self, splits: tuple[str, ...], kind: str = "") -> list[tuple[str, str, str]]:
@@ -195,6 +197,10 @@ class Probes:
             cases.append((f"{question}\n\n{listed}\n\nbox", list("1234"), i % 4))
         return cases
 
+    def judging(self, splits: tuple[str, ...]) -> list[tuple[str, list[str], int]]:
+        """Is the first option the right one? One in four is."""
+        return [(prompt.split("Box2")[0].strip(), [" no", " yes"], int(at == 0)) for prompt, _, at in self.picks(splits, "one")]
+
     @torch.no_grad()
     def __call__(self, model: Llama) -> dict[str, float]:
         scores = {}
@@ -216,29 +222,12 @@ class Probes:
 
 def build_model(vocab_size: int) -> Llama:
     torch.manual_seed(0)
-    model = Llama(LlamaConfig(dim=192, n_layers=8, n_heads=6, n_kv_heads=6, hidden_dim=320, vocab_size=vocab_size,
+    model = Llama(LlamaConfig(dim=128, n_layers=8, n_heads=4, n_kv_heads=4, hidden_dim=320, tie_embeddings=True, vocab_size=vocab_size,
                               norm_eps=1e-5, rope_theta=10000.0, max_positions=512))
     for name, p in model.named_parameters():
         if p.dim() == 2:
             nn.init.normal_(p, std=0.02 if "o_proj" not in name and "down_proj" not in name else 0.005)
     return model
-
-
-def deepen(model: Llama) -> Llama:
-    """Make room above the layers that recall: what they find must still be fetched and compared with the options.
-
-    The new layers begin as copies of the last one with nothing to say (outputs zero), so nothing is lost by adding them.
-    """
-    keep = [layer for i, layer in enumerate(model.layers) if i not in DROP]
-    for _ in range(ADD):
-        layer = copy.deepcopy(keep[-1])
-        nn.init.zeros_(layer.self_attn.o_proj.weight)
-        nn.init.zeros_(layer.mlp.down_proj.weight)
-        keep.append(layer)
-    grown = Llama(replace(model.cfg, n_layers=len(keep)))
-    grown.load_state_dict(model.state_dict(), strict=False)
-    grown.layers = nn.ModuleList(keep)
-    return grown
 
 
 def optimizers(model: Llama) -> tuple[Muon, torch.optim.AdamW]:
@@ -256,35 +245,58 @@ def weighted_loss(model: Llama, ids: Tensor, weights: Tensor) -> Tensor:  # (B, 
     return (losses * weights).sum() / weights.sum()
 
 
+@torch.no_grad()
+def give_fresh_rows(model: Llama, tokenizer: SentencePieceTokenizer, seen: set[int]) -> None:
+    """New embeddings for the pieces that the corpus never held.
+
+    Head and embedding are one matrix here, and "never say this" has pushed all those rows onto one direction (cosine
+    0.9999): "true" and "false" would be the same word. Each gets a random row of usual length, on top of a little of the
+    old direction, which keeps the base model from saying it; a word that differs from a known one by its capital or its
+    leading space alone gets that one's row and a little noise.
+    """
+    table = model.embed_tokens.weight
+    generator = torch.Generator().manual_seed(0)
+    usual = table[sorted(seen)].norm(dim=1).mean()
+    unseen = [i for i in range(len(table)) if i not in seen]
+    never = F.normalize(table[unseen].mean(0), dim=0)
+    known = {tokenizer.sp.id_to_piece(i).lstrip("▁").lower(): i for i in sorted(seen)}
+    for i in unseen:
+        noise = F.normalize(torch.randn(table.size(1), generator=generator), dim=0) * usual
+        twin = known.get(tokenizer.sp.id_to_piece(i).lstrip("▁").lower())
+        table[i] = table[twin] + 0.3 * noise if twin is not None else noise + never
+
+
 def pretrain(work: Path) -> Llama:
     """All stages, each continued from the last one's file in `work` if that is there."""
     world = build_world()
-    if not (HERE / "tokenizer.model").exists():  # other ids would make finished stages worthless
+    if not (HERE / "tokenizer.model").exists():  # other ids would make every finished stage worthless
         (HERE / "tokenizer.model").write_bytes(train_tokenizer(world))
     tokenizer = load_tokenizer(HERE)
     model, probes = build_model(tokenizer.vocab_size), Probes(world, tokenizer)
     muon, adam = optimizers(model)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {tokenizer.vocab_size} pieces")
     work.mkdir(parents=True, exist_ok=True)
-    tokens, seconds, log = 0, 0.0, []
+    tokens, seconds, log, seen = 0, 0.0, [], {tokenizer.bos, tokenizer.eos}
 
-    for number, (stage, (millions, hint, mix)) in enumerate(STAGES.items()):
+    for number, (stage, (millions, hint, heads, mix)) in enumerate(STAGES.items()):
         saved = work / f"{stage}.pt"
-        if stage == GROW:
-            model = deepen(model)
+        if stage == "noise":  # its strange signs must differ from each other
+            give_fresh_rows(model, tokenizer, seen)
             muon, adam = optimizers(model)
         if saved.exists():
             state = torch.load(saved)
             for part, name in ((model, "model"), (muon, "muon"), (adam, "adam")):
                 part.load_state_dict(state[name])
-            tokens, seconds, log, done = state["tokens"], state["seconds"], state["log"], state.get("done", 10**9)
-        steps, done = round(millions * 1e6 / (B * T)), done if saved.exists() else 0
-        stream = batches(tokenizer, Corpus(world, number + 1 + done, hint).documents(mix))
-        for step in range(done, steps):
+            tokens, seconds, log, seen = state["tokens"], state["seconds"], state["log"], state["seen"]
+            continue
+        steps = round(millions * 1e6 / (B * T))
+        stream = batches(tokenizer, Corpus(world, number + 1, hint, heads).documents(mix))
+        for step in range(steps):
             start = time.time()
             ids, weights = next(stream)
-            warm = min(1.0, (step + 1) / WARMUP) if stage in ("lists", GROW) else 1.0
-            fade = 1 - step / steps if stage == "decay" else 1.0
+            seen |= set(ids.flatten().tolist())
+            warm = min(1.0, (step + 1) / WARMUP.get(stage, 1))
+            fade = 1 - step / steps if stage in FADING else 1.0
             muon.param_groups[0]["lr"], adam.param_groups[0]["lr"] = MUON_LR * warm * fade, ADAM_LR * warm * fade
             loss = weighted_loss(model, ids, weights)
             loss.backward()
@@ -292,12 +304,13 @@ def pretrain(work: Path) -> Llama:
             adam.step()
             model.zero_grad()
             tokens, seconds = tokens + B * T, seconds + time.time() - start
-            if (step + 1) % 160 == 0 or step + 1 == steps:
+            if (step + 1) % 100 == 0 or step + 1 == steps:
                 row = {"stage": stage, "tokens": tokens, "seconds": round(seconds), "loss": round(loss.item(), 3), **probes(model)}
                 log.append(row)
                 print(json.dumps(row), flush=True)
-                torch.save({"model": model.state_dict(), "muon": muon.state_dict(), "adam": adam.state_dict(),
-                            "tokens": tokens, "seconds": seconds, "log": log, "done": step + 1}, saved)
+        torch.save({"model": model.state_dict(), "muon": muon.state_dict(), "adam": adam.state_dict(),
+                    "tokens": tokens, "seconds": seconds, "log": log, "seen": seen}, saved)
+    give_fresh_rows(model, tokenizer, seen)
     save_llama(model.bfloat16(), HERE)
     (HERE / "pretrain.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
     return model
@@ -305,5 +318,5 @@ def pretrain(work: Path) -> Llama:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Pretrain the embedded model.")
-    parser.add_argument("--work", type=Path, default=HERE / "work", help="where finished stages are kept, to go on from")
+    parser.add_argument("--work", type=Path, default=Path("runs/tiny-pretrain"), help="where finished stages are kept, to go on from")
     pretrain(parser.parse_args().work)
