@@ -15,6 +15,9 @@ crosscheck: .venv-crosscheck/ready  ## against transformers, PEFT and tiktoken
 faults: .venv/test  ## kill it, fill its disk, feed it nonsense; count what survives
 	.venv/bin/python tests/faults.py
 
+bench: .venv-crosscheck/ready  ## side by side with transformers + PEFT, on a CPU
+	.venv-crosscheck/bin/python bench/cpu.py
+
 .venv/run-time: requirements.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install -q -r requirements.txt
@@ -32,4 +35,4 @@ faults: .venv/test  ## kill it, fill its disk, feed it nonsense; count what surv
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/'
 
-.PHONY: demo test crosscheck faults help
+.PHONY: demo test crosscheck faults bench help
