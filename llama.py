@@ -364,7 +364,7 @@ def generate(model: Llama, prompts: list[list[int]], max_new: int, eos: int) -> 
     out = torch.full((len(prompts), max_new), eos, device=device)            # (B, max_new)
     done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     for step in range(max_new):
-        token = model.lm_head(hidden).argmax(-1).masked_fill(done, eos)      # (B,)
+        token = model.lm_head(hidden).float().argmax(-1).masked_fill(done, eos)  # (B,); argmax over bf16 is slow on a CPU
         out[:, step] = token
         done |= token == eos
         if step + 1 == max_new or done.all():
