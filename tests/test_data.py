@@ -176,10 +176,7 @@ def test_a_file_that_is_no_tokenizer_is_said_to_be_none(tmp_path):
 
 @pytest.fixture(scope="module")
 def real():
-    folder = real_data()
-    if folder is None:
-        pytest.skip("the real records are absent; set RORA_DATA")
-    return folder
+    return real_data()
 
 
 def test_every_real_test_record_has_a_legal_and_offered_answer(real):

@@ -12,10 +12,9 @@ from llama import LlamaConfig
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    if real_data() is None:
-        pytest.skip("the real records are absent; set RORA_DATA")
+    tokenizer = real_data() / "tokenizer.model"
     cfg = LlamaConfig(dim=256, n_layers=4, n_heads=8, n_kv_heads=8, hidden_dim=688, vocab_size=32000)
-    return write_checkpoint(tmp_path_factory.mktemp("small") / "small-llama", cfg, real_data() / "tokenizer.model")
+    return write_checkpoint(tmp_path_factory.mktemp("small") / "small-llama", cfg, tokenizer)
 
 
 @pytest.mark.parametrize("method", ["rora", "lora", "dora"])
