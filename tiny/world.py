@@ -18,7 +18,6 @@ side as well. Pretraining states all facts, and asks about them in other wording
 
 import json
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
