@@ -101,7 +101,7 @@ def read_generations(file: Path) -> dict[int, str]:
         try:
             row = json.loads(line if line.endswith("\n") else "")  # the next answer would be written on behind it
             found[row["number"] - 1] = row["generation"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             if ranks.first():
                 runs.write_text(file, "".join(lines[: lines.index(line)]))
             break
