@@ -71,7 +71,8 @@ def answer_questions(model: Llama, tokenizer, task: str, examples: list[dict], f
                                                          unit="question", disable=None if ranks.first() else True) as bar:
         for start in range(0, len(todo), batch_size * ranks.world()):
             batch = ranks.share(todo[start : start + batch_size * ranks.world()])
-            with naming_memory(f"answering {len(batch)} questions of {task} at once"):
+            size = len(batch) * question_bytes(model, max((len(prompts[i]) for i in batch), default=0))
+            with naming_memory(f"answering {len(batch)} questions of {task} at once, estimated at {size / 1e9:.2f} GB beside the model"):
                 answers = generate(model, [prompts[i] for i in batch], MAX_NEW_TOKENS, tokenizer.eos)
             rows = [{"number": i + 1, "prompt_tokens": len(prompts[i]), "generation": tokenizer.decode(ids)}
                     for i, ids in zip(batch, answers)]
@@ -83,13 +84,17 @@ def answer_questions(model: Llama, tokenizer, task: str, examples: list[dict], f
                 raise runs.Stopped(stop[0] if stop else 143)
 
 
-def fitting_batch(model: Llama, longest: int) -> int:
-    """How many questions fit into half of the free memory: their cache, and the widest activations of the pass that fills it."""
-    cfg, weight = model.cfg, model.embed_tokens.weight
+def question_bytes(model: Llama, longest: int) -> int:
+    """What one question takes: its cache, and the widest activations of the pass that fills it; fp32 at worst."""
+    cfg = model.cfg
     cache = 2 * cfg.n_layers * cfg.n_kv_heads * cfg.head_dim * (longest + MAX_NEW_TOKENS)
-    widest = longest * (3 * cfg.hidden_dim + 6 * cfg.dim)
-    size = 4 * (cache + widest)  # bytes: fp32 at worst
-    return max(1, min(512 if weight.is_cuda else 64, memory.available(weight.device) // 2 // size))
+    return 4 * (cache + longest * (3 * cfg.hidden_dim + 6 * cfg.dim))
+
+
+def fitting_batch(model: Llama, longest: int) -> int:
+    """How many questions fit into half of the free memory."""
+    weight = model.embed_tokens.weight
+    return max(1, min(512 if weight.is_cuda else 64, memory.available(weight.device) // 2 // question_bytes(model, longest)))
 
 
 def read_generations(file: Path) -> dict[int, str]:
