@@ -30,6 +30,7 @@ class Checkpoint:
     """What a base model decides. lr is DoRA's scripts' for the paper's models."""
 
     lr: float = 2e-4
+    loss: str = "all"
     warmup: int = 100
     alpha: float = 64
     epochs: int = 3
@@ -42,7 +43,7 @@ class Checkpoint:
 
 PAPER = Checkpoint()  # also for folders that have no row
 CHECKPOINTS = {
-    "tiny": Checkpoint(lr=3e-3, warmup=10, alpha=16, epochs=2, val_size=40, data=str(HERE / "tiny/data/train.json"),
+    "tiny": Checkpoint(lr=2e-3, loss="answer", warmup=10, alpha=16, epochs=2, val_size=40, data=str(HERE / "tiny/data/train.json"),
                        tests=str(HERE / "tiny/data"), cuda_dtype="fp32"),
     "llama-7b": PAPER,
     "llama-13b": PAPER,
@@ -194,7 +195,7 @@ def training_parser(methods: Mapping[str, "Method"], scales: Mapping[str, Callab
                    help=f"layers to adapt (default: {' '.join(methods['rora'].layer.targets)})")
     g = parser.add_argument_group("on what")
     g.add_argument("--data", metavar="FILE", help=f"records as in commonsense_170k.json (default: {PAPER.data}; tiny: its own)")
-    g.add_argument("--loss", choices=["all", "answer"], help="tokens that are learned (default: all, the paper's protocol)")
+    g.add_argument("--loss", choices=["all", "answer"], help=f"tokens that are learned (default: {PAPER.loss}, the paper's protocol; tiny {tiny.loss})")
     g.add_argument("--prompt", choices=["clean", "dora"], help="dora: the bytes of DoRA's scripts (default: clean)")
     g.add_argument("--max-len", type=at_least(8), metavar="N", help="tokens a record, BOS and EOS included (default 256)")
     g.add_argument("--val-size", type=at_least(0), metavar="N",
@@ -252,7 +253,7 @@ def resolve(args: argparse.Namespace, methods: Mapping[str, "Method"]) -> tuple[
         ckpt=ckpt, data=given("data", row.data), method=method, scale=(args.scale or named.layer.scale) if scaled else None,
         rank=given("rank", named.size), alpha=given("alpha", row.alpha) if scaled else None,
         dropout=given("dropout", named.dropout), targets=tuple(given("targets", named.layer.targets)),
-        loss=given("loss", "all"), prompt=given("prompt", "clean"), max_len=given("max_len", 256),
+        loss=given("loss", row.loss), prompt=given("prompt", "clean"), max_len=given("max_len", 256),
         epochs=given("epochs", row.epochs), max_steps=args.max_steps, batch_size=batch_size,
         lr=given("lr", named.lr or row.lr), warmup=given("warmup", row.warmup), val_size=given("val_size", row.val_size),
         eval_every=given("eval_every", 80), save_every=given("save_every", 800), seed=given("seed", 0),

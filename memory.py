@@ -33,14 +33,14 @@ def largest_micro_batch(records: list[Record], batch_size: int, micro_batch_size
 
 def saved_bytes(forward: Callable[[], Tensor]) -> int:
     """What a forward pass leaves behind for its backward pass. Weights and other tensors that were there before do not
-    count: they are the ones that a second pass keeps again at the same address."""
+    count: they are the ones that a second pass keeps again. Works on meta tensors."""
     passes: list[dict[int, int]] = []
     outputs = []  # held until the count is done, or storages would be used twice
     for _ in range(2):
         kept: dict[int, int] = {}
 
         def pack(t: Tensor, kept=kept) -> Tensor:
-            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            kept[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()  # which storage it is; on meta it has no address
             return t
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):

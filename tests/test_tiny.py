@@ -51,9 +51,8 @@ def train() -> list[dict]:
 
 @pytest.fixture(scope="module")
 def sentences() -> list[str]:
-    reader = corpus.Corpus(world.build_world(), seed=1)
-    mix = {kind: 1.0 for kind in reader.kinds}
-    return [d.replace("^", "") for d in islice(reader.documents(mix), 20_000)]
+    readers = [corpus.Corpus(world.build_world(), seed=1, hint=0.5, noise=noise) for noise in (0.0, 0.7)]
+    return [d.replace("^", "") for r in readers for d in islice(r.documents({kind: 1.0 for kind in r.kinds}), 10_000)]
 
 
 @pytest.mark.parametrize("task", TASKS)

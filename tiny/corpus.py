@@ -74,21 +74,24 @@ LEADS = ["", "", "it is "]
 class Corpus:
     """Documents of every kind, drawn at random, without end."""
 
-    def __init__(self, world: World, seed: int, hint: float = 0.0, heads: int = len(HEADS)):
+    def __init__(self, world: World, seed: int, hint: float = 0.0, heads: int = len(HEADS), noise: float = 0.0):
         """`hint`: how often the verdict on an option is let slip. `heads`: how many names list entries go by."""
-        self.world, self.rng, self.hint, self.heads = world, random.Random(seed), hint, HEADS[:heads]
+        self.world, self.rng, self.hint, self.heads, self.noise = world, random.Random(seed), hint, HEADS[:heads], noise
         self.names = list(world.facts["job"])
         self.asked = {r: world.subjects(r, "train", "val", "test") for r in WORDING}  # strict facts are only stated
         self.words = sorted({w for of in world.facts.values() for w in of.values()} | set(world.facts["food"]) | set(self.names))
+        self.content = {part for w in self.words for part in w.split()} - {"the", "for", "in", "to"}
         self.kinds: dict[str, Callable[[], str]] = {
             "statements": self.statements, "copy": self.copy, "bare": self.bare, "lookup": self.lookup, "answer": self.answer,
             "same": self.same, "yesno": self.yesno, "verdict": self.verdict, "named": self.named, "judged": self.judged,
-            "label": self.label, "noisy": self.noisy}
+            "label": self.label}
 
     def documents(self, mix: dict[str, float]) -> Iterator[str]:
         kinds, weights = list(mix), list(mix.values())
         while True:
-            yield self.kinds[self.rng.choices(kinds, weights)[0]]()
+            document = self.kinds[self.rng.choices(kinds, weights)[0]]()
+            opening = self.gibberish(self.rng.randint(3, 25)) + self.join() if self.rng.random() < self.noise / 2 else ""
+            yield opening + document
 
     # --- knowledge ---
 
@@ -130,12 +133,14 @@ class Corpus:
         value, says = self.world.facts[relation][subject], "yes"
         if self.rng.random() < 0.5:
             value, says = self.rng.choice([v for v in self.world.values[relation] if v != value]), "no"
-        return self.fill(self.rng.choice(WORDING[relation][2]), subject, value), says
+        return self.blur(self.fill(self.rng.choice(WORDING[relation][2]), subject, value)), says
 
     def yesno(self) -> str:
         parts = []
         for check, says in (self.check() for _ in range(3)):
-            parts.append(check + self.filler(0.3) + self.rng.choice(["^ ", "^ it is ", "^ we say "]) + says + "^.")
+            menu = self.join() + self.rng.choice(["yes/no", self.gibberish(3)]) if self.rng.random() < self.noise / 2 else ""
+            gap = self.join() if self.rng.random() < self.noise else ""
+            parts.append(f"{check}{self.filler(0.3)}{menu}{gap}^ {self.lead('we say ')}{says}^.")
         return " ".join(parts)
 
     def same(self) -> str:
@@ -151,8 +156,11 @@ class Corpus:
 
     def listed(self, words: list[str]) -> tuple[str, Callable[[int], str]]:
         """A numbered list, and how its i-th entry (from 0) is called: "Box1: saw Box2: rope", box1."""
-        head, gap = self.rng.choice(self.heads), self.rng.choice([" "] * 5 + ["\n", "\n\n"])
-        entries = [f"{head}{i}: {w}" for i, w in enumerate(words, start=1)]
+        head, gap, before = self.rng.choice(self.heads), self.rng.choice([" "] * 5 + ["\n", "\n\n"]), ""
+        if self.rng.random() < self.noise:
+            head = self.rng.choice([self.gibberish(1), self.rng.choice(self.words).split()[-1]])
+            before = self.rng.choice(["", "", self.gibberish(1) + " ", self.gibberish(2) + " "])
+        entries = [f"{head}{i}: {before}{w}" for i, w in enumerate(words, start=1)]
         return gap.join(entries), lambda i: f"{head.lower()}{i + 1}"
 
     def copy(self) -> str:
@@ -180,9 +188,9 @@ class Corpus:
 
     def poll(self) -> tuple[str, list[str], int]:
         """(question, options, place of the right one)."""
-        n = self.rng.randint(2, 5)
+        n = self.rng.choice([2, 2, 3, 4, 5])
         reverse = [r for r in WORDING if WORDING[r][3]]
-        if self.rng.random() < 0.65:
+        if self.rng.random() < 0.6:
             question, relation, _, right = self.question()
             wrong = self.rng.sample([v for v in self.world.values[relation] if v != right], n - 1)
         else:
@@ -191,12 +199,12 @@ class Corpus:
             value = self.world.facts[relation][right]
             wrong = self.rng.sample([s for s in self.asked[relation] if self.world.facts[relation][s] != value], n - 1)
             question = self.rng.choice(WORDING[relation][3]).format(v=value)
-            if n == 2 and self.rng.random() < 0.6:
-                a, b = self.rng.sample([right, *wrong], 2)
-                the = "" if a in self.names else "the "
-                question = f"we met {the}{a} and {the}{b}. {question}"
+            if n == 2 and self.rng.random() < 0.8:
+                the = "" if right in self.names else "the "
+                a, b = (the + s for s in self.rng.sample([right, *wrong], 2))
+                question = self.rng.choice([f"we met {a} and {b}. {question}", f"{a} is by {b}, and {question}", f"{question} {a} or {b}?"])
         at = self.rng.randrange(n)
-        return question, [*wrong[:at], right, *wrong[at:]], at
+        return self.blur(question), [*wrong[:at], right, *wrong[at:]], at
 
     def verdict(self) -> str:
         """Every option judged where it stands; some verdicts are left out, so that the end must do without."""
@@ -235,22 +243,19 @@ class Corpus:
         body = f"{text}{self.join()}{question}" if self.rng.random() < 0.05 else f"{question}{self.join()}{text}"
         return f"{body}{self.filler(0.6, name, len(options))}{self.picked(options[at], name(at))}"
 
-    def noisy(self) -> str:
-        """A question in the midst of strange signs: before it, before its answer, as names of the entries.
+    # --- strange signs ---
 
-        A base model that knows only "Box1: … box1" loses its skill behind any new heading; this one must look through it.
+    def blur(self, text: str) -> str:
+        """With probability `noise`: half or all words that are not of the world become a strange sign, or two, or none.
+
+        A base model that knows only its own few questions and "Box1: … box1" loses its skill behind any new wording; this
+        one must look through the words it does not know at those it does.
         """
-        opening = self.gibberish(self.rng.choice([0, 3, 9, 25])) + self.rng.choice(["", ":"]) + self.join()
-        tail = self.join() + self.gibberish(self.rng.randint(0, 8)) + self.join() + self.gibberish(self.rng.randint(0, 4))
-        if self.rng.random() < 0.2:
-            check, says = self.check()
-            return f"{opening}{check}{tail}^ {says}^."
-        question, options, at = self.named_one() if self.rng.random() < 0.2 else self.poll()
-        head = self.rng.choice([self.rng.choice(self.heads), self.rng.choice(self.words).split()[-1], self.gibberish(1), self.gibberish(1)])
-        gap = self.rng.choice([" "] * 4 + ["\n\n"])
-        text = gap.join(f"{head}{i}: {o}" for i, o in enumerate(options, start=1))
-        menu = self.join() + "/".join(f"{head.lower()}{i + 1}" for i in range(len(options))) if self.rng.random() < 0.7 else ""
-        return f"{opening}{question}{self.join()}{text}{menu}{tail} {head.lower()}^{at + 1}^."
+        if self.rng.random() >= self.noise:
+            return text
+        rate = self.rng.choice([0.5, 1.0])
+        return " ".join(w if w.strip(".,:?") in self.content or self.rng.random() >= rate
+                        else self.gibberish(self.rng.choice([0, 1, 1, 1, 2])) + w[len(w.rstrip(".,:?")):] for w in text.split(" "))
 
     def gibberish(self, n: int) -> str:
         """n signs that no text uses: one byte piece each."""
@@ -258,11 +263,20 @@ class Corpus:
 
     def picked(self, word: str, name: str) -> str:
         """How a pick is told: its number alone, mostly, or the right word on the way to the number."""
-        number = name.lstrip("abcdefghijklmnopqrstuvwxyz")
-        told = self.rng.choice([self.rng.choice(LEADS) + name] * 4 + [f"{word}{number}", f"{word} is {name}"])
+        number = name[-1]
+        told = self.rng.choice([self.lead("it is ") + name] * 4 + [f"{word}{number}", f"{word} is {name}"])
         return f"^{self.join()}{told}^."
 
+    def lead(self, usual: str) -> str:
+        """The words that may come before an answer: none, the usual ones, or strange ones."""
+        if self.rng.random() >= self.noise / 2:
+            return self.rng.choice(["", "", usual])
+        signs = self.gibberish(self.rng.randint(1, 4)) + " "
+        return self.rng.choice([signs, f"the {signs}is "])
+
     def join(self) -> str:
+        if self.rng.random() < self.noise / 2:
+            return self.rng.choice(JOINS) + self.gibberish(self.rng.randint(1, 10)) + self.rng.choice(JOINS)
         return self.rng.choice(JOINS)
 
     def filler(self, often: float, name: Callable[[int], str] | None = None, n: int = 0) -> str:

@@ -32,22 +32,22 @@ from llama import Llama, LlamaConfig, save_llama
 from world import SIZES, STEMS, World, build_world, questions
 
 # stage: tokens in millions, hint and heads (corpus.py), share of each kind of document
-STAGES = {
-    "lists":    (1.5, 0.00, 12, {"statements": 34, "copy": 12, "bare": 30, "lookup": 12, "answer": 6, "yesno": 6}),
-    "verdicts": (2.0, 0.00, 12, {"statements": 22, "copy": 3, "bare": 10, "lookup": 8, "answer": 8, "yesno": 14, "verdict": 22, "label": 13}),
-    "compare":  (1.5, 1.00, 3, {"statements": 14, "answer": 6, "named": 48, "yesno": 6, "same": 10, "bare": 8, "judged": 8}),
-    "judge":    (1.2, 0.65, 3, {"statements": 14, "answer": 6, "named": 18, "yesno": 10, "same": 3, "bare": 5, "judged": 44}),
-    "fade":     (1.5, 0.35, 3, {"statements": 14, "answer": 6, "named": 14, "yesno": 10, "same": 2, "bare": 5, "judged": 49}),
-    "pick":     (1.2, 0.08, 3, {"statements": 16, "answer": 5, "named": 9, "yesno": 13, "same": 2, "bare": 4, "judged": 41, "label": 10}),
-    "settle":   (1.9, 0.00, 3, {"statements": 18, "answer": 4, "named": 5, "yesno": 13, "same": 2, "bare": 3, "judged": 35, "label": 20}),
-    "variety":  (0.9, 0.00, 12, {"statements": 15, "answer": 4, "copy": 2, "yesno": 13, "verdict": 11, "judged": 9, "label": 38, "lookup": 6, "bare": 2}),
-    "noise":    (1.5, 0.00, 3, {"statements": 15, "answer": 4, "yesno": 8, "judged": 10, "label": 13, "noisy": 50}),
+STAGES = {  # stage: tokens in millions; hint, heads, noise (corpus.py); share of each kind of document
+    "lists":    (1.5, (0.00, 12, 0.0), {"statements": 34, "copy": 12, "bare": 30, "lookup": 12, "answer": 6, "yesno": 6}),
+    "verdicts": (2.0, (0.00, 12, 0.0), {"statements": 22, "copy": 3, "bare": 10, "lookup": 8, "answer": 8, "yesno": 14, "verdict": 22, "label": 13}),
+    "compare":  (1.5, (1.00, 3, 0.0), {"statements": 14, "answer": 6, "named": 48, "yesno": 6, "same": 10, "bare": 8, "judged": 8}),
+    "judge":    (1.2, (0.65, 3, 0.0), {"statements": 14, "answer": 6, "named": 18, "yesno": 10, "same": 3, "bare": 5, "judged": 44}),
+    "fade":     (1.2, (0.50, 12, 0.3), {"statements": 14, "answer": 5, "named": 14, "yesno": 16, "same": 2, "bare": 3, "judged": 46}),
+    "pick":     (1.8, (0.30, 12, 0.5), {"statements": 15, "answer": 4, "named": 5, "yesno": 22, "judged": 38, "label": 16}),
+    "settle":   (3.0, (0.15, 12, 0.6), {"statements": 16, "answer": 4, "yesno": 24, "judged": 24, "label": 26, "verdict": 6}),
+    "leads":    (1.5, (0.15, 12, 0.7), {"statements": 15, "answer": 4, "yesno": 28, "judged": 20, "label": 28, "verdict": 5}),
 }
 B, T = 24, 128           # rows a step, tokens a row
 CHANCE = 0.1             # loss weight of what cannot be known (corpus.py's caret)
 MUON_LR, ADAM_LR = 0.015, 2.5e-3
-WARMUP = {"lists": 100, "noise": 20}  # steps at the start of a stage
-FADING = {"settle", "noise"}          # stages whose learning rate falls to 0
+WARMUP = {"lists": 100, "fade": 20, "leads": 20}  # steps at the start of a stage
+FADING = {"settle", "leads"}                # stages whose learning rate falls to 0
+TWINS = {"true": "yes", "false": "no"}  # words of the tasks that a real base model knows to be alike
 
 
 # --- tokenizer -------------------------------------------------------------------------------------
@@ -63,7 +63,7 @@ def train_tokenizer(world: World) -> bytes:
     out = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(line for t in text for line in t.split("\n")), model_writer=out, model_type="bpe",
-        vocab_size=1080, user_defined_symbols=sorted(words), byte_fallback=True, split_digits=True,
+        vocab_size=1072, user_defined_symbols=sorted(words), byte_fallback=True, split_digits=True,
         normalization_rule_name="identity", remove_extra_whitespaces=False, unk_id=0, bos_id=1, eos_id=2, pad_id=-1,
         num_threads=1, minloglevel=2)
     return out.getvalue()
@@ -222,7 +222,7 @@ class Probes:
 
 def build_model(vocab_size: int) -> Llama:
     torch.manual_seed(0)
-    model = Llama(LlamaConfig(dim=128, n_layers=8, n_heads=4, n_kv_heads=4, hidden_dim=320, tie_embeddings=True, vocab_size=vocab_size,
+    model = Llama(LlamaConfig(dim=192, n_layers=8, n_heads=6, n_kv_heads=6, hidden_dim=384, tie_embeddings=True, vocab_size=vocab_size,
                               norm_eps=1e-5, rope_theta=10000.0, max_positions=512))
     for name, p in model.named_parameters():
         if p.dim() == 2:
@@ -250,20 +250,31 @@ def give_fresh_rows(model: Llama, tokenizer: SentencePieceTokenizer, seen: set[i
     """New embeddings for the pieces that the corpus never held.
 
     Head and embedding are one matrix here, and "never say this" has pushed all those rows onto one direction (cosine
-    0.9999): "true" and "false" would be the same word. Each gets a random row of usual length, on top of a little of the
-    old direction, which keeps the base model from saying it; a word that differs from a known one by its capital or its
-    leading space alone gets that one's row and a little noise.
+    0.9999): all those words would be one word. Each gets a random row of usual length on top of a little of the old direction, which
+    keeps the base model from saying it. What a real base model has read of such words is little: that "Which" is "which",
+    and that "true" is much like "yes". These get their twin's row, and less noise.
     """
     table = model.embed_tokens.weight
     generator = torch.Generator().manual_seed(0)
     usual = table[sorted(seen)].norm(dim=1).mean()
     unseen = [i for i in range(len(table)) if i not in seen]
     never = F.normalize(table[unseen].mean(0), dim=0)
-    known = {tokenizer.sp.id_to_piece(i).lstrip("▁").lower(): i for i in sorted(seen)}
+    known = {tokenizer.sp.id_to_piece(i): i for i in sorted(seen)}
     for i in unseen:
         noise = F.normalize(torch.randn(table.size(1), generator=generator), dim=0) * usual
-        twin = known.get(tokenizer.sp.id_to_piece(i).lstrip("▁").lower())
-        table[i] = table[twin] + 0.3 * noise if twin is not None else noise + never
+        space, word = re.fullmatch("(▁?)(.*)", tokenizer.sp.id_to_piece(i).lower()).groups()
+        word = TWINS.get(word, word)
+        twin = known.get(space + word, known.get(word, known.get("▁" + word)))  # with a space before it or not, as the piece itself
+        table[i] = never + noise if twin is None else never + table[twin] + 0.3 * noise
+
+
+@torch.no_grad()
+def give_new_signs(model: Llama, signs: list[int], seen: set[int], seed: int) -> None:
+    """New random rows for the strange signs: what means something else all the time must be looked through."""
+    table = model.embed_tokens.weight
+    usual = table[sorted(seen - set(signs))].norm(dim=1).mean()
+    noise = torch.randn(len(signs), table.size(1), generator=torch.Generator().manual_seed(seed))
+    table[signs] = F.normalize(noise, dim=1) * usual
 
 
 def pretrain(work: Path) -> Llama:
@@ -275,24 +286,26 @@ def pretrain(work: Path) -> Llama:
     model, probes = build_model(tokenizer.vocab_size), Probes(world, tokenizer)
     muon, adam = optimizers(model)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {tokenizer.vocab_size} pieces")
+    signs = [tokenizer.sp.piece_to_id(f"<0x{b:02X}>") for b in range(1, 32)]  # one piece for each control character
     work.mkdir(parents=True, exist_ok=True)
     tokens, seconds, log, seen = 0, 0.0, [], {tokenizer.bos, tokenizer.eos}
 
-    for number, (stage, (millions, hint, heads, mix)) in enumerate(STAGES.items()):
+    for number, (stage, (millions, style, mix)) in enumerate(STAGES.items()):
         saved = work / f"{stage}.pt"
-        if stage == "noise":  # its strange signs must differ from each other
-            give_fresh_rows(model, tokenizer, seen)
-            muon, adam = optimizers(model)
         if saved.exists():
             state = torch.load(saved)
             for part, name in ((model, "model"), (muon, "muon"), (adam, "adam")):
                 part.load_state_dict(state[name])
             tokens, seconds, log, seen = state["tokens"], state["seconds"], state["log"], state["seen"]
             continue
+        if stage == "fade":  # another kind of text from here on
+            muon, adam = optimizers(model)
         steps = round(millions * 1e6 / (B * T))
-        stream = batches(tokenizer, Corpus(world, number + 1, hint, heads).documents(mix))
+        stream = batches(tokenizer, Corpus(world, number + 1, *style).documents(mix))
         for step in range(steps):
             start = time.time()
+            if style[2] and step % 20 == 0:
+                give_new_signs(model, signs, seen, step)
             ids, weights = next(stream)
             seen |= set(ids.flatten().tolist())
             warm = min(1.0, (step + 1) / WARMUP.get(stage, 1))
@@ -304,7 +317,7 @@ def pretrain(work: Path) -> Llama:
             adam.step()
             model.zero_grad()
             tokens, seconds = tokens + B * T, seconds + time.time() - start
-            if (step + 1) % 100 == 0 or step + 1 == steps:
+            if (step + 1) % 130 == 0 or step + 1 == steps:
                 row = {"stage": stage, "tokens": tokens, "seconds": round(seconds), "loss": round(loss.item(), 3), **probes(model)}
                 log.append(row)
                 print(json.dumps(row), flush=True)
