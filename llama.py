@@ -15,6 +15,7 @@ Where precision changes (base dtype: bf16 on CUDA; fp32 or bf16 on a CPU):
     base weights, matrix products, residual stream    base dtype
     inside RMSNorm; rotary tables and rotation        fp32
     scores, softmax, weighted sum of values           base dtype with fp32 accumulation on CUDA, fp32 on a CPU
+    the same for one new token behind a cache         base dtype, the softmax fp32
     loss (rora.py)                                    fp32
     adapters, their gradients, AdamW (rora.py)        fp32; A and B are cast to the base dtype where they multiply
 """
@@ -165,13 +166,14 @@ class Rows:
 
     Args:
         lengths: tokens of each row, B numbers that sum to N.
-        positions: (N,) each token's position, as RoPE counts it.
+        positions: (N,) each token's position, as RoPE counts it, and its place in a cache.
         rope: cos and sin at those positions.
+        start: where all rows begin. Whatever lies before, every row sees the same.
         decoding: True when each row is one new token whose predecessors lie in a cache.
     """
 
-    def __init__(self, lengths: list[int], positions: Tensor, rope: tuple[Tensor, Tensor], decoding: bool = False):
-        self.lengths, self.positions, self.decoding = lengths, positions, decoding
+    def __init__(self, lengths: list[int], positions: Tensor, rope: tuple[Tensor, Tensor], start: int = 0, decoding: bool = False):
+        self.lengths, self.positions, self.start, self.decoding = lengths, positions, start, decoding
         self.cos, self.sin = rope
         self.B, self.T = len(lengths), max(lengths)
         self.even = min(lengths) == self.T
@@ -182,6 +184,7 @@ class Rows:
         self.cu_seq = F.pad(ends, (1, 0)).to(device, torch.int32)                # (B + 1,) what varlen_attn asks for
         row = torch.arange(self.B).repeat_interleave(counts)                     # (N,)
         column = torch.arange(len(row)) - (ends - counts)[row]                   # (N,)
+        self.row = row.to(device)
         self.slot = (row * self.T + column).to(device)                           # (N,) place in the padded (B, T)
 
     def pad(self, x: Tensor) -> Tensor:  # (N, H, D) -> (B, H, T, D)
@@ -199,20 +202,24 @@ def attend(q: Tensor, k: Tensor, v: Tensor, rows: Rows, past: tuple[Tensor, Tens
     """Causal attention inside every row: softmax(q·k / √D) v.
 
     (N, H, D), (N, G, D), (N, G, D) -> (N, H, D). `past`: keys and values, each (G, P, D), that every row sees as if
-    they stood before its first token. On CUDA all rows go through one kernel, on a CPU they take turns; behind a prefix,
-    and where neither is to be had, they are padded for the attention alone.
+    they stood before its first token. On CUDA all rows go through one kernel, on a CPU they take turns; behind a past on
+    CUDA, and where neither is to be had, they are padded for the attention alone.
     """
     if varlen_attn is not None and q.is_cuda and q.dtype != torch.float32 and past is None:
         return varlen_attn(q, k, v, rows.cu_seq, rows.cu_seq, rows.T, rows.T, **_varlen_flags(q.size(1) != k.size(1)))
-    if q.device.type == "cpu" and past is None and not rows.even:
+    if q.device.type == "cpu" and not rows.even:
         each = zip(*(x.transpose(0, 1).split(rows.lengths, dim=1) for x in (q, k, v)))  # a row's (H, T, D), (G, T, D), (G, T, D)
-        return torch.cat([sdpa(*(x[None] for x in row), None, causal=True)[0].transpose(0, 1) for row in each])
-    q, k, v = rows.pad(q), rows.pad(k), rows.pad(v)
-    mask = None
-    if past is not None:
-        k, v = (torch.cat([p.to(x.dtype).expand(rows.B, -1, -1, -1), x], dim=2) for p, x in zip(past, (k, v)))
-        mask = torch.ones(rows.T, k.size(2), dtype=torch.bool, device=q.device).tril(k.size(2) - rows.T)  # (T, P + T)
-    return rows.unpad(sdpa(q, k, v, mask, causal=mask is None))
+        return torch.cat([attend_evenly(*(x[None] for x in row), past)[0].transpose(0, 1) for row in each])
+    return rows.unpad(attend_evenly(rows.pad(q), rows.pad(k), rows.pad(v), past))
+
+
+def attend_evenly(q: Tensor, k: Tensor, v: Tensor, past: tuple[Tensor, Tensor] | None) -> Tensor:
+    """attend() for rows of one length: (B, H, T, D), (B, G, T, D), (B, G, T, D) -> (B, H, T, D)."""
+    if past is None:
+        return sdpa(q, k, v, None, causal=True)
+    k, v = (torch.cat([p.to(x.dtype).expand(x.size(0), -1, -1, -1), x], dim=2) for p, x in zip(past, (k, v)))
+    T, S = q.size(2), k.size(2)
+    return sdpa(q, k, v, torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T))
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
@@ -232,9 +239,13 @@ class KVCache:
 
     def __init__(self, model: "Llama", B: int, S: int):
         cfg, weight = model.cfg, model.embed_tokens.weight
-        dtype = weight.dtype if weight.is_cuda else torch.float32  # as attend() takes them: nothing is cast twice
         shape = (cfg.n_layers, B, cfg.n_kv_heads, S, cfg.head_dim)
-        self.k, self.v = (torch.zeros(shape, dtype=dtype, device=weight.device) for _ in range(2))
+        self.k, self.v = (torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in range(2))
+
+    def share_first_row(self, n: int) -> None:
+        """Give every row what the first has in its first n places."""
+        for x in (self.k, self.v):
+            x[:, 1:, :, :n] = x[:, :1, :, :n]
 
     def __getitem__(self, layer: int) -> tuple[Tensor, Tensor]:
         return self.k[layer], self.v[layer]
@@ -253,32 +264,33 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rows: Rows, cache: tuple[Tensor, Tensor] | None = None,
                 past: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """(N, C) -> (N, C). `cache`: this layer's (B, G, S, D) keys and values, filled here. `past`: as in attend()."""
+        """(N, C) -> (N, C). `cache`: this layer's (B, G, S, D) keys and values, filled here. `past`: as in attend().
+
+        Where there is a cache, the past is what it holds before the rows' first places: the same for every row.
+        """
         N = x.size(0)
         dtype = x.dtype if x.is_cuda else torch.float32  # CPU kernels are quicker, and exact, in fp32
         q = apply_rope(self.q_proj(x).view(N, self.n_heads, -1), rows.cos, rows.sin).to(dtype)     # (N, H, D)
         k = apply_rope(self.k_proj(x).view(N, self.n_kv_heads, -1), rows.cos, rows.sin).to(dtype)  # (N, G, D)
         v = self.v_proj(x).view(N, self.n_kv_heads, -1).to(dtype)                                  # (N, G, D)
-        if rows.decoding:
-            y = self.decode(q, k, v, rows, cache)
-        else:
-            y = attend(q, k, v, rows, past)
-            if cache is not None:
-                P = 0 if past is None else past[0].size(1)
-                for place, new, old in zip(cache, (k, v), past or (None, None)):
-                    place[:, :, P : P + rows.T] = rows.pad(new)
-                    if P:
-                        place[:, :, :P] = old
+        if cache is not None:
+            for place, new, old in zip(cache, (k, v), past or (None, None)):
+                place[rows.row, :, rows.positions] = new.to(place.dtype)
+                if old is not None and not rows.decoding:
+                    place[:, :, : old.size(1)] = old
+            past = tuple(place[0, :, : rows.start] for place in cache) if rows.start else None
+        y = self.decode(q, rows, *cache) if rows.decoding else attend(q, k, v, rows, past)
         return self.o_proj(y.flatten(1).to(x.dtype))
 
-    def decode(self, q: Tensor, k: Tensor, v: Tensor, rows: Rows, cache: tuple[Tensor, Tensor]) -> Tensor:
-        """One new token a row, at the row's own position, looking at what the cache holds up to there."""
-        keys, values = cache
-        every = torch.arange(rows.B, device=q.device)
-        keys[every, :, rows.positions], values[every, :, rows.positions] = k, v
-        visible = torch.arange(keys.size(2), device=q.device) <= rows.positions[:, None]  # (B, S)
+    def decode(self, q: Tensor, rows: Rows, keys: Tensor, values: Tensor) -> Tensor:
+        """One new token a row, looking at what the cache holds up to the row's own position: (B, H, D) -> (B, H, D)."""
+        visible = (torch.arange(keys.size(2), device=q.device) <= rows.positions[:, None])[:, None, None]  # (B, 1, 1, S)
         q = q.view(rows.B, self.n_kv_heads, -1, self.head_dim)  # (B, G, H/G, D): the queries that share a key head
-        return sdpa(q, keys, values, visible[:, None, None]).flatten(1, 2)                # (B, H, D)
+        if q.is_cuda:
+            return sdpa(q, keys, values, visible).flatten(1, 2)
+        q = (q * self.head_dim**-0.5).to(keys.dtype)  # for so few queries plain products read a CPU's memory faster
+        scores = (q @ keys.transpose(2, 3)).masked_fill(~visible, -torch.inf)  # (B, G, H/G, S)
+        return (scores.softmax(-1, torch.float32).to(values.dtype) @ values).flatten(1, 2)
 
 
 class SwiGLU(nn.Module):
@@ -318,12 +330,12 @@ class Llama(nn.Module):
         if cfg.tie_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 
-    def rows(self, lengths: list[int]) -> Rows:
-        """Rows that begin at position 0, or after the prefix where there is one."""
+    def rows(self, lengths: list[int], shared: int = 0) -> Rows:
+        """Rows that begin at position 0, or after the prefix where there is one, and after `shared` tokens seen by all."""
         device = self.embed_tokens.weight.device
-        start = self.layers[0].self_attn.prefix_len
+        start = self.layers[0].self_attn.prefix_len + shared
         positions = torch.cat([torch.arange(start, start + n) for n in lengths]).to(device)
-        return Rows(lengths, positions, rope_tables(positions, self.cfg.head_dim, self.cfg.rope_theta))
+        return Rows(lengths, positions, rope_tables(positions, self.cfg.head_dim, self.cfg.rope_theta), start)
 
     def hidden(self, ids: Tensor, rows: Rows, cache: KVCache | None = None, checkpoint_blocks: int = 0) -> Tensor:
         """(N,) token ids -> (N, C), what lm_head reads.
@@ -343,22 +355,32 @@ class Llama(nn.Module):
         return self.lm_head(self.hidden(ids.flatten(), self.rows([T] * B))).view(B, T, -1)
 
 
+def common_prefix(prompts: list[list[int]]) -> int:
+    """With how many tokens all of several prompts begin, leaving each at least one of its own; 0 for a single prompt."""
+    differ = (i for i, ids in enumerate(zip(*prompts)) if len(set(ids)) > 1)
+    return next(differ, min(map(len, prompts)) - 1) if len(prompts) > 1 else 0
+
+
 @torch.inference_mode()
 def generate(model: Llama, prompts: list[list[int]], max_new: int, eos: int) -> list[list[int]]:
     """Greedy continuations of several prompts at once, each up to its eos, which is left out.
 
-    One pass over all prompts fills the cache; then each pass adds one token to every row, at that row's own position.
-    What one row says does not depend on the others: rows never see each other, and padding is never seen at all.
+    One pass over what all prompts begin with and one over the rest of each fill the cache; then each pass adds one token
+    to every row, at that row's own position. What one row says does not depend on the others: rows never see each other,
+    and padding is never seen at all.
     """
     if not prompts:
         return []
     if not all(prompts):
         raise ValueError("an empty prompt: give the begin token at least")
     device, P = model.embed_tokens.weight.device, model.layers[0].self_attn.prefix_len
-    lengths = [len(p) for p in prompts]
-    rows = model.rows(lengths)
-    cache = KVCache(model, len(prompts), P + rows.T + max_new)
-    hidden = model.hidden(torch.tensor([i for p in prompts for i in p], device=device), rows, cache)
+    lengths, shared = [len(p) for p in prompts], common_prefix(prompts)
+    cache = KVCache(model, len(prompts), P + max(lengths) + max_new)
+    if shared:
+        model.hidden(torch.tensor(prompts[0][:shared], device=device), model.rows([shared]), cache)
+        cache.share_first_row(P + shared)
+    rows = model.rows([n - shared for n in lengths], shared)
+    hidden = model.hidden(torch.tensor([i for p in prompts for i in p[shared:]], device=device), rows, cache)
     hidden = hidden[rows.ends - 1]                                           # (B, C) only the last token speaks
     positions = P + torch.tensor(lengths, device=device)                     # (B,) where the next token goes
     out = torch.full((len(prompts), max_new), eos, device=device)            # (B, max_new)

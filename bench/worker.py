@@ -4,8 +4,9 @@ SPEC and every turn are JSON objects. The process builds what SPEC names, says s
 on its standard input, a turn, with a line: what was done and how long it took. bench/turns.py is the other end.
 
 Both sides get the same records, the same precision (bf16 weights, fp32 adapters), fused AdamW and clipping. transformers
-+ PEFT run as their documentation has it: SDPA attention, right padding to the longest record of the batch with labels
--100 (left padding to generate), adapters kept in fp32; "autocast" is what Trainer(bf16=True) adds.
++ PEFT run as their documentation has it: SDPA attention (to answer, eager attention beside it), right padding to the
+longest record of the batch with labels -100 (left padding to generate), adapters kept in fp32; "autocast" is what
+Trainer(bf16=True) adds.
 """
 
 import json
@@ -126,12 +127,12 @@ def our_training(spec: dict, device: torch.device) -> Job:
 
 def our_answers(spec: dict, device: torch.device) -> Job:
     model = (load_llama(spec["folder"], device) if "folder" in spec else our_model(spec, device)).eval()
-    prompts, n = test_prompts(model.cfg, spec["questions"]), spec["batch"]
+    prompts, n, new = test_prompts(model.cfg, spec["questions"]), spec["batch"], spec.get("new", NEW_TOKENS)
 
     def answer(turn: dict) -> dict:
         for i in range(0, len(prompts), n):
-            answers = generate(model, prompts[i : i + n], NEW_TOKENS, eos=-1)  # no token is -1: every row runs to the end
-            assert all(len(a) == NEW_TOKENS for a in answers)
+            answers = generate(model, prompts[i : i + n], new, eos=-1)  # no token is -1: every row runs to the end
+            assert all(len(a) == new for a in answers)
         return {"questions": len(prompts)}
 
     return answer
@@ -153,7 +154,7 @@ def mask(rows: list, side: str, device: torch.device) -> torch.Tensor:  # -> (B,
 def their_model(spec: dict, device: torch.device):
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    options = {"dtype": torch.bfloat16, "attn_implementation": "sdpa"}
+    options = {"dtype": torch.bfloat16, "attn_implementation": spec.get("attention", "sdpa")}
     if "folder" in spec:
         return AutoModelForCausalLM.from_pretrained(spec["folder"], **options).to(device)
     with torch.device(device):
@@ -190,15 +191,15 @@ def their_training(spec: dict, device: torch.device) -> Job:
 
 def their_answers(spec: dict, device: torch.device) -> Job:
     model, prompts, n = their_model(spec, device).eval(), test_prompts(config(spec), spec["questions"]), spec["batch"]
-    model.generation_config.eos_token_id = None  # every row runs to the end
-    options = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "pad_token_id": 0}
+    model.generation_config.eos_token_id, new = None, spec.get("new", NEW_TOKENS)  # every row runs to the end
+    options = {"do_sample": False, "max_new_tokens": new, "pad_token_id": 0}
     options |= {"cache_implementation": "static"} if spec.get("static") else {}
 
     def answer(turn: dict) -> dict:
         for rows in (prompts[i : i + n] for i in range(0, len(prompts), n)):
             ids = padded(rows, "left", 0, device)
             out = model.generate(ids, attention_mask=mask(rows, "left", device), **options)
-            assert out.shape == (len(rows), ids.size(1) + NEW_TOKENS)
+            assert out.shape == (len(rows), ids.size(1) + new)
         return {"questions": len(prompts)}
 
     return answer

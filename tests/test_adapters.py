@@ -62,8 +62,8 @@ def test_a_saved_adapter_comes_back_bit_for_bit_and_trainable(tiny, tmp_path, me
 def test_a_model_with_adapters_generates_with_its_cache_as_without(tiny, method):
     attach(tiny.eval(), method, 4, 8)
     shake(tiny)
-    prompts = [[5, 6, 7], [9, 8, 7, 6, 5, 4]]
-    for prompt, said in zip(prompts, generate(tiny, prompts, 6, eos=-1)):
+    alike, unlike = [[5, 6, 7], [5, 6, 8, 6, 5, 4]], [[5, 6, 7], [9, 8, 7, 6, 5, 4]]
+    for prompt, said in zip(alike + unlike, generate(tiny, alike, 6, eos=-1) + generate(tiny, unlike, 6, eos=-1)):
         ids = list(prompt)
         for _ in range(6):
             ids.append(tiny(torch.tensor([ids]))[0, -1].argmax().item())

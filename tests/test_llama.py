@@ -8,7 +8,7 @@ import torch
 from conftest import SMALL
 
 from checkpoints import CheckpointError
-from llama import Attention, KVCache, Llama, LlamaConfig, RMSNorm, Rows, apply_rope, generate, rope_tables
+from llama import Attention, KVCache, Llama, LlamaConfig, RMSNorm, Rows, apply_rope, attend, generate, rope_tables, sdpa
 
 IDS = torch.randint(0, 64, (3, 9), generator=torch.Generator().manual_seed(1))
 
@@ -114,6 +114,42 @@ def test_generation_with_a_cache_says_what_the_whole_text_says(tiny):
     assert generate(tiny, prompts, 12, eos=-1) == [plain_greedy(tiny, p, 12, -1) for p in prompts]
 
 
+@pytest.mark.parametrize("own", [[[5, 6, 7], [9], [5, 6, 1, 2]], [[7], [7, 8], [7]], [[7]] * 3], ids=["differ", "one ends", "equal"])
+def test_what_all_prompts_begin_with_goes_through_the_model_once(tiny, own, monkeypatch):
+    prompts, passed = [[1, 4, 9, 3, *rest] for rest in own], []
+    hidden = Llama.hidden
+    monkeypatch.setattr(Llama, "hidden", lambda model, ids, *a: passed.append(len(ids)) or hidden(model, ids, *a))
+    said = generate(tiny, prompts, 1, eos=-1)
+    assert passed == [4, sum(map(len, own))]
+    monkeypatch.undo()
+    assert [s + plain_greedy(tiny, p + s, 7, -1) for p, s in zip(prompts, said)] == generate(tiny, prompts, 8, eos=-1)
+    assert said == [plain_greedy(tiny, p, 1, -1) for p in prompts]
+
+
+def test_rows_behind_a_past_get_what_each_gets_behind_it_alone():
+    P, lengths = 5, [4, 1, 6]
+    positions = torch.arange(sum(lengths))
+    rows = Rows(lengths, positions, rope_tables(positions, 8, 1e4))
+    q, k, v, before_k, before_v = torch.randn(11, 4, 8), *torch.randn(2, 11, 2, 8), *torch.randn(2, P, 2, 8)
+    whole = lambda before, x: torch.cat([before, x])
+    expected = []
+    for a, b, c in zip(*(x.split(lengths) for x in (q, k, v))):
+        row = Rows([P + len(a)], torch.arange(P + len(a)), (None, None))
+        expected.append(attend(whole(torch.zeros(P, 4, 8), a), whole(before_k, b), whole(before_v, c), row)[P:])
+    past = before_k.transpose(0, 1), before_v.transpose(0, 1)
+    assert torch.allclose(attend(q, k, v, rows, past), torch.cat(expected), atol=1e-6)
+
+
+@pytest.mark.parametrize("groups", [4, 2])
+def test_plain_products_against_the_cache_are_the_fused_attention(groups):
+    attn, positions = Attention(dataclasses.replace(SMALL, n_kv_heads=groups)), torch.tensor([2, 9, 5])
+    rows = Rows([1, 1, 1], positions, rope_tables(positions, 8, 1e4), decoding=True)
+    q, (keys, values) = torch.randn(3, 4, 8), torch.randn(2, 3, groups, 11, 8)
+    visible = torch.arange(11) <= positions[:, None]
+    fused = sdpa(q[:, :, None], keys, values, visible[:, None, None])[:, :, 0]
+    assert torch.allclose(attn.decode(q, rows, keys, values), fused, atol=1e-6)
+
+
 def test_a_row_in_a_batch_says_what_it_says_alone(tiny):
     prompts = [[5, 6, 7], [9, 8, 7, 6, 5, 4, 3], [1, 2]]
     assert generate(tiny, prompts, 8, eos=2) == [generate(tiny, [p], 8, eos=2)[0] for p in prompts]
@@ -134,7 +170,7 @@ def test_generation_stops_when_every_row_has_ended(tiny, monkeypatch):
     first = generate(tiny, [[5, 6, 7]], 1, eos=-1)[0][0]
     passes.clear()
     assert generate(tiny, [[5, 6, 7]] * 3, 20, eos=first) == [[], [], []]
-    assert len(passes) == 1
+    assert len(passes) == 2  # what they all begin with, and the rest
 
 
 def test_an_empty_prompt_is_refused_and_no_prompts_are_no_answers(tiny):
