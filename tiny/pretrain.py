@@ -42,6 +42,7 @@ STAGES = {  # stage: tokens in millions; hint, heads, noise (corpus.py); share o
     "settle":   (3.0, (0.15, 12, 0.6), {"statements": 16, "answer": 4, "yesno": 24, "judged": 24, "label": 26, "verdict": 6}),
     "leads":    (1.5, (0.15, 12, 0.7), {"statements": 15, "answer": 4, "yesno": 28, "judged": 20, "label": 28, "verdict": 5}),
 }
+UNTIL = {"compare": ("judge asked", 80), "judge": ("pick one asked", 60), "pick": ("pick one asked", 60)}  # or twice the stage's tokens
 B, T = 24, 128           # rows a step, tokens a row
 CHANCE = 0.1             # loss weight of what cannot be known (corpus.py's caret)
 MUON_LR, ADAM_LR = 0.015, 2.5e-3
@@ -302,7 +303,10 @@ def pretrain(work: Path) -> Llama:
             muon, adam = optimizers(model)
         steps = round(millions * 1e6 / (B * T))
         stream = batches(tokenizer, Corpus(world, number + 1, *style).documents(mix))
-        for step in range(steps):
+        probe, percent = UNTIL.get(stage, ("loss", 0))
+        for step in range(2 * steps):
+            if step >= steps and log[-1][probe] >= percent:
+                break
             start = time.time()
             if style[2] and step % 20 == 0:
                 give_new_signs(model, signs, seen, step)
