@@ -172,7 +172,8 @@ def ask(model: Llama, tokenizer, question: str, style: str) -> str:
     began = time.perf_counter()
     said = generate(model, [ids], MAX_NEW_TOKENS, tokenizer.eos)[0]
     seconds = time.perf_counter() - began
-    lines = [tokenizer.decode(said).strip() or "(nothing)"]
+    text = tokenizer.decode(said).strip() or "(nothing)"
+    lines = ["".join(c if c.isprintable() else "?" for c in line) for line in text.split("\n")]  # a base model says control characters, too
     if offered := sorted(offered_answers(e)):
         records = [Record(tokenizer.encode(prompt + f"the correct answer is {a}", bos=True, eos=True), len(ids), 0) for a in offered]
         with torch.no_grad():
@@ -220,11 +221,12 @@ def find_tests(folder: str, tasks: list[str] | None, limit: int | None) -> dict[
 
 
 def typed() -> Iterator[str]:
-    """Questions from the keyboard, until an empty line or the end of input."""
+    """Questions from the keyboard or a pipe, until an empty line or the end of input."""
+    prompt = "question (an empty line ends): " if sys.stdin.isatty() else ""
     try:
-        yield from iter(lambda: input("question (an empty line ends): "), "")
+        yield from iter(lambda: input(prompt), "")
     except EOFError:
-        pass
+        print("\n" * bool(prompt), end="")
 
 
 def open_model(folder: Path | None, ckpt: str, device: torch.device, dtype: str) -> tuple[Llama, bool]:
@@ -323,6 +325,8 @@ def main(argv: list[str] | None = None) -> int:
     """Returns the exit code; see README. Never raises SystemExit."""
     def work() -> int:
         args = build_parser().parse_args(argv)
+        if args.ask is not None and (stray := [k for k in ("data", "tasks", "limit", "batch_size", "out") if getattr(args, k) is not None]):
+            raise FlagError(f"--{stray[0].replace('_', '-')} has no effect with --ask")
         if args.table:
             if stray := [k for k, v in vars(args).items() if v is not None and k != "table"]:
                 raise FlagError(f"--table takes no {stray[0]}")

@@ -41,7 +41,7 @@ def saved_bytes(forward: Callable[[], Tensor]) -> int:
 
         def pack(t: Tensor, kept=kept) -> Tensor:
             kept[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()  # which storage it is; on meta it has no address
-            return t
+            return t.detach()  # t itself would close a circle with the node that made it: the block would never be freed
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             outputs.append(forward())
@@ -62,17 +62,26 @@ class MemoryPlan:
     blocks: int        # L
 
     def total(self, recomputed: int) -> int:
-        """With the first `recomputed` blocks recomputed. One block more is in work at any time."""
-        activations = (self.blocks - recomputed + 1) * self.block + recomputed * self.block_input
-        return self.weights + self.adapters + activations + self.logits
+        """With the first `recomputed` blocks recomputed."""
+        return self.weights + self.adapters + recomputed * self.block_input + self.kept_and_in_work(recomputed)
+
+    def kept_and_in_work(self, recomputed: int) -> int:
+        """Either at the head, with every other block's tensors kept, or when a recomputed block is in work and those are gone."""
+        gradients = int(0.8 * self.block)  # of a block's tensors, at the worst moment of its backward pass: measured, for several methods
+        at_the_head = (self.blocks - recomputed) * self.block + max(self.logits, gradients)
+        return max(at_the_head, self.block + gradients) if recomputed else at_the_head
 
     def fewest_recomputed(self, available: int) -> int:
         """The smallest number of recomputed blocks that fits; all of them where none does."""
         return next((k for k in range(self.blocks) if self.total(k) <= available), self.blocks)
 
-    def __str__(self) -> str:
-        return (f"{self.weights / 1e9:.2f} GB weights + {self.adapters / 1e9:.2f} adapters and AdamW + {self.blocks} blocks of "
-                f"{self.block / 1e9:.3f} + {self.logits / 1e9:.2f} logits at {self.tokens:,} tokens")
+    def parts(self, recomputed: int) -> str:
+        """The terms of `total`, in words."""
+        kept = f"{self.blocks - recomputed} blocks of {self.block / 1e9:.3f}, "
+        inputs = f"{recomputed} recomputed ones of {self.block_input / 1e9:.3f} + " if recomputed else ""
+        return (f"{self.weights / 1e9:.2f} GB weights + {self.adapters / 1e9:.2f} adapters and AdamW + {inputs}"
+                f"{self.kept_and_in_work(recomputed) / 1e9:.2f} for {kept * (recomputed < self.blocks)}gradients and logits, "
+                f"at {self.tokens:,} tokens")
 
 
 def plan(model: Llama, batch: Batch, logit_bytes: int) -> MemoryPlan:

@@ -507,7 +507,7 @@ def train(model: Llama, records: list[Record], held_out: list[Record], s: Settin
             tokens = sum(len(r.ids) for r in batch)
             state["step"] = step + 1
             log(step=step + 1, epoch=round((step + 1) / per_epoch, 4), loss=loss, lr=lr, grad_norm=norm, tokens=tokens,
-                tok_per_s=round(tokens / seconds, 1), mem_gb=round(peak_memory(model) / 1e9, 3),
+                tok_per_s=round(tokens / seconds, 1), mem_gb=round(peak_memory(device) / 1e9, 3),
                 seconds=round(time.perf_counter() - start, 3))
             bar.update()
             bar.set_postfix_str(f"loss {loss:.3f}, {tokens / seconds:,.0f} tok/s", refresh=False)
@@ -546,11 +546,10 @@ def all_zero(params: dict[str, nn.Parameter]) -> bool:
     return bool(lora_B) and not any(p.any() for p in lora_B)
 
 
-def peak_memory(model: nn.Module) -> int:
-    """Bytes: of the GPU, or of the process where there is none."""
-    weight = next(model.parameters())
-    if weight.is_cuda:
-        return torch.cuda.max_memory_allocated(weight.device)
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of the GPU's tensors, or of the process where there is no GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
 
 
@@ -812,13 +811,14 @@ def fit(model: Llama, records: list[Record], held_out: list[Record], s: Settings
 
 def memory_line(plan: memory.MemoryPlan, recomputed: int, model: nn.Module) -> str:
     free = memory.available(model.lm_head.weight.device) + plan.weights
-    return (f"memory: about {plan.total(recomputed) / 1e9:.1f} GB ({plan}) of {free / 1e9:.1f} GB; "
+    return (f"memory: about {plan.total(recomputed) / 1e9:.1f} GB ({plan.parts(recomputed)}) of {free / 1e9:.1f} GB; "
             f"{recomputed or 'no'} block{'s' * (recomputed != 1)} of {plan.blocks} recomputed")
 
 
 def check(args: argparse.Namespace) -> int:
     """What a run would be, before hours are spent on it: the plan, then the longest micro-batch and three steps for real."""
     s, device = resolve(args, METHODS)
+    idle = peak_memory(device)  # on a CPU: what Python and torch take by themselves
     model, records, held_out = prepare(s, device)
     steps, tokens = total_steps(records, s), sum(len(r.ids) for r in records)
     plan, largest, recomputed = plan_memory(model, records, s)
@@ -831,19 +831,20 @@ def check(args: argparse.Namespace) -> int:
     optimizer, seconds, seen = new_optimizer(model, s.lr), 0.0, 0
     model.train()
     order = epoch_order(len(records), s.seed, 0)
-    batches = [largest] + [[records[j] for j in order[i : i + s.batch_size]]
-                           for i in range(0, min(len(order), 3 * s.batch_size), s.batch_size)]
+    batches = [[records[j] for j in order[i : i + s.batch_size]] for i in range(0, min(len(order), 3 * s.batch_size), s.batch_size)]
+    largest = [r for r in largest for _ in range(ranks.world())]  # train_step takes a share of it
     with held_adapters(model) as refresh:
-        for i, batch in enumerate(batches):  # the largest warms up and is not timed
+        for i, batch in enumerate([batches[0], *batches, largest]):  # the first warms up; the largest comes when AdamW's moments are there
             began = time.perf_counter()
             refresh()
             train_step(model, batch, optimizer, s.lr, s.micro_batch_size, recomputed)
             optimizer.zero_grad()
-            if i:
+            if 1 <= i <= len(batches):
                 seconds, seen = seconds + time.perf_counter() - began, seen + sum(len(r.ids) for r in batch)
-    peak = f", peak {peak_memory(model) / 1e9:.1f} GB" + ("" if device.type == "cuda" else " of the whole process")
+    taken = f"{(peak_memory(device) - idle) / 1e9:.1f} GB" + (
+        "" if device.type == "cuda" else f" beside the {idle / 1e9:.1f} of Python and torch, the gaps between tensors included")
     hours = steps * s.batch_size / len(records) * tokens * seconds / seen / 3600
-    print(f"measured: {seen / seconds:,.0f} tokens/s over {len(batches) - 1} steps{peak}; the run would take about "
+    print(f"measured: {seen / seconds:,.0f} tokens/s over {len(batches)} steps, {taken}; the run would take about "
           f"{f'{hours:.1f} hours' if hours >= 1 else f'{60 * hours:.1f} minutes'}, validation and saving not counted")
     return 0
 
