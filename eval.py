@@ -124,7 +124,7 @@ def task_table(results: dict) -> str:
                      f"{r['wrong']} | {r['unanswered']} | {r['n']} |")
     if results["mean"] is not None:
         constant = sum(r["constant"] for r in results["tasks"].values()) / len(TASKS)
-        lines.append(f"| **mean of the eight** | **{results['mean']:.1f}** | | {constant:.1f} | | | | |")
+        lines.append(f"| **mean of the {'eight' if len(TASKS) == 8 else len(TASKS)}** | **{results['mean']:.1f}** | | {constant:.1f} | | | | |")
     return "\n".join(lines)
 
 
