@@ -251,7 +251,8 @@ def main() -> None:
     device = torch.device(spec.get("device", "cpu"))
     cuda = device.type == "cuda"
     name = torch.cuda.get_device_name() if cuda else "cpu"
-    peak = lambda: (torch.cuda.max_memory_allocated() if cuda else rora.peak_memory(torch.device("cpu"))) / 1e6
+    host = lambda: rora.peak_memory(torch.device("cpu")) / 1e6
+    peak = lambda: torch.cuda.max_memory_allocated() / 1e6 if cuda else host()
     wait = torch.cuda.synchronize if cuda else lambda: None
     clock = time.process_time if spec.get("clock") == "cpu" else time.perf_counter
     say = lambda **facts: print(json.dumps(facts), file=answers, flush=True)
@@ -261,13 +262,13 @@ def main() -> None:
         logging.disable_progress_bar()
     torch.manual_seed(0)
     job = JOBS[spec["job"]](spec, device)
-    say(threads=torch.get_num_threads(), device=name, built_mb=peak(), linear_weights=linear_weights(config({"shape": "small", **spec})))
+    say(threads=torch.get_num_threads(), device=name, built_mb=peak(), host_mb=host(), linear_weights=linear_weights(config({"shape": "small", **spec})))
     for line in sys.stdin:
         wait()
         began = clock()
         done = job(json.loads(line))
         wait()
-        say(seconds=clock() - began, peak_mb=peak(), **done)
+        say(seconds=clock() - began, peak_mb=peak(), host_mb=host(), **done)
 
 
 if __name__ == "__main__":
