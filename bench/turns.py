@@ -47,7 +47,7 @@ def take_turns(specs: dict[str, dict], turns: list[dict], warmup: int = 1) -> di
     print("  " + ", ".join(specs), end="", file=sys.stderr, flush=True)
     workers = {name: Worker(**spec) for name, spec in specs.items()}  # they build side by side, before any clock runs
     try:
-        results = {name: {"spec": w.spec, "ready": w.read(), "turns": []} for name, w in workers.items()}
+        results = {name: {"spec": {k: v for k, v in w.spec.items() if k != "folder"}, "ready": w.read(), "turns": []} for name, w in workers.items()}
         for i, turn in enumerate(turns):
             print(".", end="", file=sys.stderr, flush=True)
             for name, w in workers.items():
