@@ -162,8 +162,8 @@ def corpus(seed: int) -> tuple[Iterator[str], ModuleType]:
     sys.path.insert(0, str(ROOT / "tiny"))
     import pretrain
 
-    _, hint, heads, mix = list(pretrain.STAGES.values())[-1]
-    return pretrain.Corpus(pretrain.build_world(), seed, hint, heads).documents(mix), pretrain
+    _, style, mix = list(pretrain.STAGES.values())[-1]
+    return pretrain.Corpus(pretrain.build_world(), seed, *style).documents(mix), pretrain
 
 
 def heal(model: Llama, steps: int) -> None:

@@ -3,6 +3,7 @@
     python lessons/sweep.py fig1     lora, dora, rora at five ranks, seeds 0 1 2, the default lr; test, val and strict questions
     python lessons/sweep.py grid     the same at every lr of a grid, seed 0; test and val questions
     python lessons/sweep.py best     at each method's best lr of that grid (by val), over all ranks and at each, seeds 0 1 2
+    python lessons/sweep.py row      how the tiny row of flags.py was chosen: RoRA with a setting or two changed, seeds 0 1; val alone
     python lessons/sweep.py ... --dry-run     the list, what is done, how long the rest would take
 
 A run is `rora.py` and then `eval.py` as they are, called in one process: torch is imported once. Two run side by side, a thread
@@ -18,11 +19,11 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import mean, median
 
-from rows import METHODS, ROOT, SPLITS, SWEEP, append, at_edge, best_lr, checkpoint_digest, condition, key, questions_digest, read
+from rows import METHODS, ROOT, SPLITS, SWEEP, accuracy, append, at_edge, best_lr, checkpoint_digest, condition, key, questions_digest, read
 
 sys.path.insert(0, str(ROOT))
 import torch
@@ -32,7 +33,9 @@ import rora
 import runs
 from flags import CHECKPOINTS, MAY_CHANGE, exit_code, find_checkpoint, resolve, training_parser
 
-LRS = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]  # half decades; rows.at_edge tells where they do not reach
+LRS = [2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2]  # three a decade; rows.at_edge tells where they do not reach
+ROW = [{}, {"rank": 8}, {"rank": 64}, {"lr": 1e-3}, {"lr": 5e-3}, {"alpha": 4}, {"alpha": 4, "lr": 5e-3}, {"alpha": 64, "lr": 5e-4},
+       {"warmup": 30}, {"epochs": 1}, {"epochs": 3}]  # what is changed of the row: alpha also with an lr that keeps lr · s about the same
 GUESS = 90  # seconds a run, until one has been timed
 
 
@@ -46,16 +49,19 @@ def rank_axis(width: int) -> list[int]:
 # --- one run ---------------------------------------------------------------------------------------
 
 
-def planned(args: argparse.Namespace, files: dict[str, str], splits: list[str], method: str, rank: int, lr: float, seed: int) -> dict:
+def planned(args: argparse.Namespace, files: dict[str, str], splits: list[str], method: str, rank: int, lr: float, seed: int,
+            **other: float) -> dict:
     """A run to be: rora.py's flags, what identifies it, and which questions to ask. files: the digests of what it reads."""
-    recipe = CHECKPOINTS["tiny"]  # another model of the same world gets the same recipe
+    other = ({"alpha": args.alpha} if args.alpha else {}) | other
+    recipe = replace(CHECKPOINTS["tiny"], **other)  # another model of the same world gets the same recipe
     flags = ["--ckpt", args.ckpt, "--data", recipe.data, "--method", method, "--rank", rank, "--lr", lr, "--seed", seed,
-             "--alpha", args.alpha or recipe.alpha, "--warmup", recipe.warmup, "--val-size", recipe.val_size, "--loss", recipe.loss,
+             "--alpha", recipe.alpha, "--warmup", recipe.warmup, "--val-size", recipe.val_size, "--loss", recipe.loss,
              *(["--max-steps", args.max_steps] if args.max_steps else ["--epochs", recipe.epochs])]
     flags = [str(f) for f in flags]
     s = asdict(resolve(training_parser(rora.METHODS, rora.SCALES).parse_args(flags), rora.METHODS)[0])
     settings = {k: v for k, v in s.items() if k not in MAY_CHANGE | {"ckpt", "data", "save_every"}}
-    return {"name": f"{method}-r{rank}-lr{lr:g}-s{seed}", "ckpt": args.ckpt, **files, "limit": args.limit,
+    name = f"{method}-r{rank}-lr{lr:g}-s{seed}" + "".join(f"-{setting}{value:g}" for setting, value in other.items())
+    return {"name": name, "ckpt": args.ckpt, **files, "limit": args.limit,
             "settings": settings | {"targets": list(settings["targets"])}, "splits": splits, "flags": flags}
 
 
@@ -104,6 +110,9 @@ def plan(args: argparse.Namespace, rows: list[dict]) -> list[dict]:
     """Every run of the mode, seeds outermost: an early stop leaves whole curves."""
     folder, lr = find_checkpoint(args.ckpt), CHECKPOINTS["tiny"].lr
     files = {"checkpoint": checkpoint_digest(folder), "questions": questions_digest()}
+    if args.mode == "row":
+        row = {"rank": rora.METHODS["rora"].size, "lr": lr}
+        return [planned(args, files, ["val"], "rora", seed=seed, **row | change) for change in ROW for seed in args.seeds or [0, 1]]
     ranks = args.ranks or rank_axis(json.loads((folder / "config.json").read_text())["hidden_size"])
     splits = list(SPLITS) if args.mode == "fig1" else ["test", "val"]
     seeds = args.seeds or ([0] if args.mode == "grid" else [0, 1, 2])
@@ -157,7 +166,7 @@ def work(todo: list[dict], jobs: int, results: Path, keep: bool) -> int:
                 if not keep:
                     log.unlink()
                     shutil.rmtree(out)
-                what = "diverged" if row["diverged"] else f"test {row['test']['mean']:.1f}, val {row['val']['mean']:.1f}"
+                what = "diverged" if row["diverged"] else ", ".join(f"{split} {row[split]['mean']:.1f}" for split in SPLITS if row.get(split))
                 print(f"{ended}/{total}  {name}  s {row['scale']:.3g}  {what}  {row['seconds'] + row['score_seconds']:.0f} s, "
                       f"about {left:.0f} min left", flush=True)
         for process in running:
@@ -168,26 +177,44 @@ def work(todo: list[dict], jobs: int, results: Path, keep: bool) -> int:
     return stop[0] if stop else int(failed > 0)
 
 
+def row_table(jobs: list[dict], rows: list[dict]) -> str:
+    """The runs of mode `row` in Markdown: what was set, accuracy on the validation questions, seconds of training."""
+    found, settings = {key(r): r for r in rows}, ("rank", "alpha", "lr", "warmup", "epochs")
+    groups: dict[tuple, list[dict]] = {}
+    for job in jobs:
+        if run := found.get(key(job)):
+            groups.setdefault(tuple(job["settings"][s] for s in settings), []).append(run)
+    lines = ["| " + " | ".join([*settings, "val, each seed", "mean", "least task", "training, s"]) + " |", "|--:" * 9 + "|"]
+    for values, group in groups.items():
+        means = [accuracy(r, "val") for r in group]
+        least = min(min(r["val"]["tasks"].values()) if r.get("val") else 0 for r in group)
+        cells = [*(f"{v:g}" for v in values), " ".join(f"{m:.1f}" for m in means), f"{mean(means):.1f}", f"{least:.0f}",
+                 f"{mean(r['seconds'] for r in group):.0f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main(argv: list[str]) -> int:
     if argv[:1] == ["one"]:
         return run_one(json.loads(argv[1]), Path(argv[2]))
     parser = argparse.ArgumentParser(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__)
-    parser.add_argument("mode", choices=["fig1", "grid", "best"])
+    parser.add_argument("mode", choices=["fig1", "grid", "best", "row"])
     parser.add_argument("--ckpt", default="tiny", metavar="NAME", help="another model of the same world, trained by the same recipe")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--ranks", nargs="+", type=int, metavar="R", help="default: five from 4 to the model's width")
     parser.add_argument("--lrs", nargs="+", type=float, metavar="X",
                         help=f"default: fig1 {CHECKPOINTS['tiny'].lr:g}; grid {' '.join(f'{lr:g}' for lr in LRS)}")
-    parser.add_argument("--seeds", nargs="+", type=int, metavar="S", help="default: 0 1 2; grid 0")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="S", help="default: 0 1 2; grid 0; row 0 1")
     parser.add_argument("--alpha", type=float, metavar="X", help="default: the tiny checkpoint's")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="runs side by side (default 2)")
     parser.add_argument("--max-steps", type=int, metavar="N", help="in place of the recipe's epochs: to try the path")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions a task: to try the path")
-    parser.add_argument("--results", type=Path, metavar="FILE", help="default: lessons/results/sweep.jsonl, or sweep-CKPT.jsonl")
+    parser.add_argument("--results", type=Path, metavar="FILE", help="default: lessons/results/sweep.jsonl, sweep-CKPT.jsonl, or row.jsonl")
     parser.add_argument("--keep", action="store_true", help="keep the run folders")
     parser.add_argument("--dry-run", action="store_true")
     args = parser.parse_args(argv)
-    results = args.results or (SWEEP if args.ckpt == "tiny" else SWEEP.with_name(f"sweep-{Path(args.ckpt).name}.jsonl"))
+    ending = "" if args.ckpt == "tiny" else f"-{Path(args.ckpt).name}"
+    results = args.results or SWEEP.with_name(f"{'row' if args.mode == 'row' else 'sweep'}{ending}.jsonl")
     rows = read(results)
     jobs = plan(args, rows)
     todo = pending(jobs, rows)
@@ -197,6 +224,8 @@ def main(argv: list[str]) -> int:
     print(f"{args.mode} on {args.ckpt} ({jobs[0]['checkpoint']}): {len(jobs)} runs, {len(jobs) - len(todo)} done; the other {len(todo)} take about "
           f"{left:.0f} min, {args.jobs} at a time" + ("" if rows or not todo else f" (a guess of {GUESS} s each: none timed yet)"), flush=True)
     code = 0 if args.dry_run else work(todo, args.jobs, results, args.keep)
+    if args.mode == "row":
+        print(row_table(jobs, read(results)))
     for method, rank, lr in at_edge([r for r in read(results) if condition(r) == condition(jobs[0])]) if args.mode == "grid" else ():
         print(f"note: the best lr of {method} at rank {rank}, {lr:g}, is the last on its side: add one beyond it, --lrs X")
     return code

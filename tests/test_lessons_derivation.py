@@ -134,6 +134,15 @@ def test_the_pruned_folder_is_a_checkpoint_of_the_promised_size(tmp_path):
     assert model(torch.tensor([[1, 2, 3]])).isfinite().all()
 
 
+def test_what_is_left_of_tiny_is_trained_on_tinys_corpus(tmp_path, capsys):
+    assert prune.main(["--records", "4", "--heal", "2", "--out", str(tmp_path / "small")]) == 0
+    said = json.loads((tmp_path / "small/pruned.json").read_text())
+    assert said["parameters"][1] <= 0.2 * said["parameters"][0] and said["loss"].keys() == {"whole", "pruned", "healed"}
+    tables = [load_llama(folder, dtype=torch.float32).embed_tokens.weight for folder in (ROOT / "tiny", tmp_path / "small")]
+    assert torch.equal(tables[0][:, said["kept"]["channels"]], tables[1])  # the tasks' words stay apart
+    assert "healing 2/2" in capsys.readouterr().out
+
+
 # --- real text -------------------------------------------------------------------------------------
 
 

@@ -1,6 +1,7 @@
 """Make the tiny base model: a tokenizer, then a small LLaMA that reads corpus.py until the probes are content.
 
-    python tiny/pretrain.py            # 13M tokens; writes config.json, model.safetensors, tokenizer.model, pretrain.jsonl
+    python tiny/pretrain.py            # 13M tokens or more; writes config.json, model.safetensors, tokenizer.model, pretrain.jsonl
+    python tiny/pretrain.py --table    # the log as README.md shows it
 
 Skills come in an order: recall a fact, compare two words, compare a word with a recalled fact, and only then pick the
 entry that fits. So the mix of documents changes in stages, and Probes say when a stage is done (README.md has the table).
@@ -42,7 +43,7 @@ STAGES = {  # stage: tokens in millions; hint, heads, noise (corpus.py); share o
     "settle":   (3.0, (0.15, 12, 0.6), {"statements": 16, "answer": 4, "yesno": 24, "judged": 24, "label": 26, "verdict": 6}),
     "leads":    (1.5, (0.15, 12, 0.7), {"statements": 15, "answer": 4, "yesno": 28, "judged": 20, "label": 28, "verdict": 5}),
 }
-UNTIL = {"compare": ("judge asked", 80), "judge": ("pick one asked", 60), "pick": ("pick one asked", 60)}  # or twice the stage's tokens
+UNTIL = {"compare": ("judge asked", 80), "judge": ("pick one asked", 60), "pick": ("pick one asked", 75)}  # or three times the tokens
 B, T = 24, 128           # rows a step, tokens a row
 CHANCE = 0.1             # loss weight of what cannot be known (corpus.py's caret)
 MUON_LR, ADAM_LR = 0.015, 2.5e-3
@@ -304,7 +305,7 @@ def pretrain(work: Path) -> Llama:
         steps = round(millions * 1e6 / (B * T))
         stream = batches(tokenizer, Corpus(world, number + 1, *style).documents(mix))
         probe, percent = UNTIL.get(stage, ("loss", 0))
-        for step in range(2 * steps):
+        for step in range(3 * steps):
             if step >= steps and log[-1][probe] >= percent:
                 break
             start = time.time()
@@ -333,7 +334,25 @@ def pretrain(work: Path) -> Llama:
     return model
 
 
+def stage_table(log: list[dict]) -> str:
+    """Where each stage ended, in Markdown."""
+    columns = [("statement", "state asked"), ("question", "answer asked"), ("lookup", "lookup"), ("yes/no", "yesno asked"), ("judge", "judge asked"),
+               ("pick, one step", "pick one asked"), ("two steps", "pick two asked"), ("which one", "pick who asked"),
+               ("strict: statement", "state strict"), ("yes/no", "yesno strict"), ("pick", "pick one strict"), ("two steps", "pick two strict"),
+               ("which one", "pick who strict")]
+    lines = ["| " + " | ".join(["stage", "M tokens so far", "seconds", *(c for c, _ in columns)]) + " |", "|---|" + "--:|" * (len(columns) + 2)]
+    for stage in STAGES:
+        last = [row for row in log if row["stage"] == stage][-1]
+        lines.append(f"| {stage} | {last['tokens'] / 1e6:.1f} | {last['seconds']} | " + " | ".join(f"{last[probe]:.0f}" for _, probe in columns) + " |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Pretrain the embedded model.")
     parser.add_argument("--work", type=Path, default=Path("runs/tiny-pretrain"), help="where finished stages are kept, to go on from")
-    pretrain(parser.parse_args().work)
+    parser.add_argument("--table", action="store_true", help="show the log, train nothing")
+    args = parser.parse_args()
+    if args.table:
+        print(stage_table([json.loads(line) for line in (HERE / "pretrain.jsonl").read_text().splitlines()]))
+    else:
+        pretrain(args.work)
