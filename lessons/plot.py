@@ -99,7 +99,9 @@ def fig3(plt, rows: list[dict], rank: int | None, window: int = 5):
         ax.plot(steps, [mean(v) for v in zip(*curves)], markevery=(3 * METHODS.index(m), 12), markersize=4.5, linewidth=1.3, label=NAMES[m],
                 **LOOK[m])
     ax.set_yscale("log")
-    ax.set_yticks([0.3, 0.5, 1, 2, 5, 10], ["0.3", "0.5", "1", "2", "5", "10"])
+    low, high = ax.get_ylim()
+    ticks = [digit * 10.0**power for power in range(-4, 3) for digit in (1, 2, 5)]
+    ax.set_yticks([t for t in ticks if low <= t <= high], [f"{t:g}" for t in ticks if low <= t <= high])
     ax.minorticks_off()
     ax.set(xlabel="step", ylabel="training loss per token (log scale)")
     finish(fig, caption(used, f"Loss against step at rank {rank}, lr {lr:g}, s = " + ", ".join(
@@ -145,7 +147,7 @@ def collapse(plt, rows: list[dict], rank: int | None):
             for r in ranks:
                 at, y, _ = lr_curves(rows, m, r, x)
                 ax.plot(at, y, **LOOK[m] | {"linestyle": "none", "markerfacecolor": "none"}, markersize=4 + 2.5 * ranks.index(r),
-                        label=NAMES[m] if r == ranks[1] else None)
+                        label=NAMES[m] if r == ranks[len(ranks) // 2] else None)
         ax.set_xscale("log")
         ax.set_xlabel(name)
     axes[0].set_ylabel("test accuracy, %")

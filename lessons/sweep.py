@@ -3,7 +3,8 @@
     python lessons/sweep.py fig1     lora, dora, rora at five ranks, seeds 0 1 2, the default lr; test, val and strict questions
     python lessons/sweep.py grid     the same at every lr of a grid, seed 0; test and val questions
     python lessons/sweep.py best     at each method's best lr of that grid (by val), over all ranks and at each, seeds 0 1 2
-    python lessons/sweep.py row      how the tiny row of flags.py was chosen: RoRA with a setting or two changed, seeds 0 1; val alone
+    python lessons/sweep.py row      the tiny row of flags.py, and with its alpha, warm-up or epochs changed: RoRA, seeds 0 1; val
+                                     questions alone. Rank and lr are chosen from the grid's val column
     python lessons/sweep.py ... --dry-run     the list, what is done, how long the rest would take
 
 A run is `rora.py` and then `eval.py` as they are, called in one process: torch is imported once. Two run side by side, a thread
@@ -34,8 +35,7 @@ import runs
 from flags import CHECKPOINTS, MAY_CHANGE, exit_code, find_checkpoint, resolve, training_parser
 
 LRS = [2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2]  # three a decade; rows.at_edge tells where they do not reach
-ROW = [{}, {"rank": 8}, {"rank": 64}, {"lr": 1e-3}, {"lr": 5e-3}, {"alpha": 4}, {"alpha": 4, "lr": 5e-3}, {"alpha": 64, "lr": 5e-4},
-       {"warmup": 30}, {"epochs": 1}, {"epochs": 3}]  # what is changed of the row: alpha also with an lr that keeps lr · s about the same
+ROW = [{}, {"alpha": 4, "lr": 5e-3}, {"alpha": 64, "lr": 5e-4}, {"warmup": 30}, {"epochs": 1}]  # alpha with an lr of much the same lr · s
 GUESS = 90  # seconds a run, until one has been timed
 
 

@@ -112,7 +112,7 @@ def test_the_row_is_chosen_by_validation_questions_alone_one_change_at_a_time(tm
     assert {tuple(j["splits"]) for j in jobs} == {("val",)} and len({rows.key(j) for j in jobs}) == len({j["name"] for j in jobs}) == len(jobs)
     base = jobs[0]["settings"]
     tried = {name for j in jobs for name, value in j["settings"].items() if value != base[name]}
-    assert tried == {"rank", "alpha", "lr", "warmup", "epochs", "seed"}
+    assert tried == {"alpha", "lr", "warmup", "epochs", "seed"}
     table = sweep.row_table(jobs, [result(j, val=60 + 10 * j["settings"]["seed"]) for j in jobs[:4]])
     assert [line.split("|")[6:8] for line in table.splitlines()[2:]] == [[" 60.0 70.0 ", " 65.0 "]] * 2
 
