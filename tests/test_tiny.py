@@ -14,6 +14,7 @@ TINY = ROOT / "tiny"
 sys.path[:0] = [str(ROOT), str(TINY)]
 
 import corpus
+import pretrain
 import world
 from data import TASKS, format_prompt, load_tokenizer
 
@@ -143,6 +144,20 @@ def test_the_script_makes_the_committed_data_again(tmp_path):
     assert len(made) == 1 + 3 * len(TASKS)
     for name in made:
         assert (tmp_path / name).read_bytes() == (TINY / name).read_bytes(), name
+
+
+def test_the_script_makes_the_committed_tokenizer_again():
+    assert pretrain.train_tokenizer(world.build_world()) == (TINY / "tokenizer.model").read_bytes()
+
+
+def test_the_committed_log_is_of_the_stages_as_they_are():
+    log = [json.loads(line) for line in (TINY / "pretrain.jsonl").read_text().splitlines()]
+    assert list(dict.fromkeys(row["stage"] for row in log)) == list(pretrain.STAGES)
+    for stage, (millions, _, _) in pretrain.STAGES.items():
+        rows = [row for row in log if row["stage"] == stage]
+        began = next((row["tokens"] for row in reversed(log[: log.index(rows[0])])), 0)
+        spent, (probe, percent) = (rows[-1]["tokens"] - began) / 1e6, pretrain.UNTIL.get(stage, ("loss", 0))
+        assert spent == pytest.approx(millions, abs=0.01) or (millions < spent < 3 * millions and rows[-1][probe] >= percent), stage
 
 
 def test_the_checkpoint_is_small():
