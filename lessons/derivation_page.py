@@ -12,7 +12,7 @@ import sys
 import textwrap
 from pathlib import Path
 
-from plot import finish
+from plot import finish, pyplot, save
 from rows import HERE
 
 LOOK = {"α/r": {"color": "black", "marker": "o", "linestyle": "-"},
@@ -267,19 +267,9 @@ def main(argv: list[str]) -> int:
     text = page(results)
     (home / "derivation.md").write_text(text)
     print(text)
-    try:
-        import matplotlib
-    except ImportError:
-        print("derivation: the picture needs matplotlib, which is not installed: pip install matplotlib", file=sys.stderr)
-        return 0
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    plt.rcParams.update({"svg.hashsalt": "lessons", "font.size": 9, "axes.titlesize": 9, "savefig.dpi": 160})
-    (home / "figures").mkdir(exist_ok=True)
-    fig = draw(plt, results)
-    fig.savefig(home / "figures" / "derivation.png", metadata={"Software": None})
-    fig.savefig(home / "figures" / "derivation.svg", metadata={"Date": None})
-    print(f"saved {home / 'derivation.md'} and {home / 'figures' / 'derivation'}.png, .svg")
+    print(f"saved {home / 'derivation.md'}")
+    if plt := pyplot("derivation"):
+        save(plt, draw(plt, results), home / "figures", "derivation")
     return 0
 
 

@@ -9,11 +9,12 @@ the same order). One seed has no ±: of a difference that is smaller than the sa
 import argparse
 import math
 import sys
+from itertools import combinations
 from pathlib import Path
-from statistics import correlation, mean, stdev
+from statistics import mean, stdev
 
-from rows import ABSCISSAS, METHODS, NAMES, SWEEP, accuracy, at_edge, axis, best_lr, chosen, common_lr, grid, load, three_ways
-from tables import line, pm
+from rows import ABSCISSAS, METHODS, NAMES, SWEEP, accuracy, at_edge, axis, best_lr, chosen, common_lr, grid, line, load, three_ways
+from tables import pm
 
 Runs = list[dict]
 
@@ -62,8 +63,9 @@ def interpolated(curve: list[tuple[float, float]], x: float) -> float | None:
 
 
 def swapped(rows: Runs) -> str:
-    """RoRA at lr against LoRA at lr·√r: the same lr·s. If the scale is all there is to RoRA, they agree."""
-    lines = [line("rank", "cells", "mean distance at the same lr", "mean distance at the same lr · s (LoRA at lr·√r)"), "|--:|--:|--:|--:|"]
+    """RoRA at lr against LoRA at lr·√r: the same lr·s. If the scale is all there is to RoRA, they agree to the noise between seeds."""
+    lines = [line("rank", "cells", "mean distance at the same lr", "mean distance at the same lr · s (LoRA at lr·√r)",
+                  "two seeds of one cell (cells)"), "|--:|--:|--:|--:|--:|"]
     for rank in axis(rows, "rank"):
         curves = {m: [(lr, mean(map(accuracy, found))) for lr, found in sorted(grid(rows, m, rank).items())] for m in ("lora", "rora")}
         at, pairs = dict(curves["lora"]), []
@@ -72,7 +74,9 @@ def swapped(rows: Runs) -> str:
             if other is not None and lr in at:
                 pairs.append((abs(y - at[lr]), abs(y - other)))
         same, swap = (f"{mean(p):.1f}" for p in zip(*pairs)) if pairs else ("–", "–")
-        lines.append(line(rank, len(pairs), same, swap))
+        seeds = [list(by_seed(rows, m, rank, lr).values()) for m in curves for lr in axis(chosen(rows, method=m, rank=rank), "lr")]
+        noise = [mean(abs(a - b) for a, b in combinations(values, 2)) for values in seeds if len(values) > 1]
+        lines.append(line(rank, len(pairs), same, swap, f"{mean(noise):.1f} ({len(noise)})" if noise else "–"))
     return "\n".join(lines)
 
 
@@ -83,16 +87,29 @@ def explained(points: list[tuple[float, float]], neighbours: int = 4) -> float:
         reach = others[min(neighbours, len(others)) - 1][0] + 1e-9
         return mean(y for d, y in others if d <= reach)
     middle = mean(y for _, y in points)
-    return 100 * max(0.0, 1 - sum((y - guess(i)) ** 2 for i, (_, y) in enumerate(points)) / sum((y - middle) ** 2 for _, y in points))
+    total = sum((y - middle) ** 2 for _, y in points) or 1.0
+    return 100 * max(0.0, 1 - sum((y - guess(i)) ** 2 for i, (_, y) in enumerate(points)) / total)
 
 
 def axes(rows: Runs) -> str:
     """On which axis are LoRA and RoRA, at all ranks, one curve?"""
     cells = [found for m in ("lora", "rora") for rank in axis(rows, "rank") for found in grid(rows, m, rank).values()]
-    lines = [line("axis x", "cells", "correlation of accuracy with log x", "variance predicted by the nearest cells on x"), "|---|--:|--:|--:|"]
+    lines = [line("axis x", "cells", "variance predicted by the nearest cells on x"), "|---|--:|--:|"]
     for name, x in ABSCISSAS.items():
         points = [(math.log10(x(found[0])), mean(map(accuracy, found))) for found in cells]
-        lines.append(line(name, len(points), f"{correlation(*zip(*points)):+.2f}", f"{explained(points):.0f}%"))
+        lines.append(line(name, len(points), f"{explained(points):.0f}%"))
+    return "\n".join(lines)
+
+
+def cells(rows: Runs) -> str:
+    """The whole grid: accuracy on the validation questions, by which the best are chosen, and on the test questions."""
+    lrs = axis(rows, "lr")
+    lines = [line("method", "rank", *(f"lr {lr:g}" for lr in lrs)), "|---|--:|" + "--:|" * len(lrs)]
+    for m in METHODS:
+        for rank in axis(chosen(rows, method=m), "rank"):
+            runs = [chosen(rows, method=m, rank=rank, lr=lr) for lr in lrs]
+            show = lambda found: f"{mean(accuracy(r, 'val') for r in found):.1f} / {mean(map(accuracy, found)):.1f} ({len(found)})" if found else "–"
+            lines.append(line(NAMES[m], rank, *map(show, runs)))
     return "\n".join(lines)
 
 
@@ -144,7 +161,8 @@ def main(argv: list[str]) -> int:
             print("\n" + comparison(rows, f"Accuracy at {name}", lr_of, "strict"))
     print(f"\n### Loss (Fig. 3)\n\n{losses(rows)}")
     if swept:
-        print(f"\n### The best learning rates\n\n{best_rates(rows)}")
+        print(f"\n### The whole grid: val / test accuracy (seeds)\n\n{cells(rows)}")
+        print(f"\n### The best learning rates (neighbours in the grid lie a factor 2 to 2.5 apart)\n\n{best_rates(rows)}")
         print(f"\n### RoRA at lr and LoRA at lr·√r, in points of test accuracy\n\n{swapped(rows)}")
         print(f"\n### One curve on which axis? LoRA and RoRA, all ranks\n\n{axes(rows)}")
     return 0

@@ -26,6 +26,32 @@ LOOK = {"lora": {"color": "black", "marker": "o", "linestyle": "-", "markerfacec
 SPLIT_NAMES = {"test": "test: facts in no fine-tuning record", "strict": "strict: facts only ever stated"}
 
 
+def pyplot(program: str):
+    """matplotlib.pyplot, set so that equal results give equal files; None, after a line that says so, where it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        print(f'{program}: pictures need matplotlib, which is not installed: pip install "matplotlib>=3.8"', file=sys.stderr)
+        return None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    plt.rcParams.update({"svg.hashsalt": "lessons", "font.size": 9, "axes.titlesize": 9, "savefig.dpi": 160})
+    return plt
+
+
+def save(plt, fig, folder: Path, name: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    fig.savefig(folder / f"{name}.png", metadata={"Software": None})
+    fig.savefig(folder / f"{name}.svg", metadata={"Date": None})
+    plt.close(fig)
+    print(f"saved {folder / name}.png and .svg")
+
+
+def smooth(losses: list[float], window: int) -> list[float]:
+    """Each value the mean of the last `window` ones."""
+    return [mean(losses[max(0, i - window + 1) : i + 1]) for i in range(len(losses))]
+
+
 def listed(values) -> str:
     return ", ".join(f"{v:g}" for v in values)
 
@@ -36,7 +62,8 @@ def caption(rows: list[dict], said: str, scores: bool = True) -> str:
     diverged = sum(r["diverged"] for r in rows)
     asked = f"n = {n} test questions a run, 8 tasks, greedy; seeds" if scores else "Seeds"
     return (f"{said} {asked} {listed(axis(rows, 'seed'))}; α\N{NO-BREAK SPACE}= {listed(axis(rows, 'alpha'))}; "
-            f"{max(r['tokens'] for r in rows):,} training tokens a run; {rows[0]['ckpt']} checkpoint {rows[0]['checkpoint'][:8]}; {rows[0]['device']}."
+            f"{max(r['tokens'] for r in rows):,} training tokens a run; {rows[0]['ckpt']} checkpoint {rows[0]['checkpoint'][:8]}; "
+            f"{', '.join(sorted({r['device'] for r in rows}))}."
             + f" Runs that diverged count as 0: {diverged}." * (diverged > 0))
 
 
@@ -51,7 +78,7 @@ def finish(fig, text: str, axes) -> None:
     fig.supxlabel("\n".join(textwrap.wrap(text, int(fig.get_figwidth() * 17))), fontsize=7.5, x=0.01, ha="left", color="0.25")
 
 
-def rank_axis(ax, ranks: list[int]) -> None:
+def show_ranks(ax, ranks: list[int]) -> None:
     ax.set_xscale("log", base=2)
     ax.set_xticks(ranks, [str(r) for r in ranks])
     ax.minorticks_off()
@@ -69,7 +96,7 @@ def rank_curves(ax, rows: list[dict], lr_of, split: str = "test") -> list[dict]:
         values = [[accuracy(r, split) for r in found] for _, found in cells]
         ax.errorbar([rank * 1.045 ** (i - 1) for rank, _ in cells], [mean(v) for v in values], [spread(v) for v in values], capsize=3,
                     label=NAMES[m], **LOOK[m])  # moved apart by a hair, so that bars do not hide each other
-    rank_axis(ax, axis(rows, "rank"))
+    show_ranks(ax, axis(rows, "rank"))
     return used
 
 
@@ -87,10 +114,13 @@ def fig1(plt, rows: list[dict], rank: int | None):
 
 def fig3(plt, rows: list[dict], rank: int | None, window: int = 5):
     lr, rank = common_lr(rows), rank or axis(rows, "rank")[-1]  # the paper's 128 is the largest of its Fig. 1
-    fig, ax = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
     used = [r for r in chosen(rows, lr=lr, rank=rank) if not r["diverged"]]
+    if not used:
+        raise SystemExit(f"plot: no finished run at rank {rank} and lr {lr:g}; there are ranks {listed(axis(rows, 'rank'))}")
+    lost = len(chosen(rows, lr=lr, rank=rank)) - len(used)
+    fig, ax = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
     for m in METHODS:
-        curves = [[mean(r["loss"][max(0, i - window + 1) : i + 1]) for i in range(len(r["loss"]))] for r in chosen(used, method=m)]
+        curves = [smooth(r["loss"], window) for r in chosen(used, method=m)]
         if not curves:
             continue
         every = chosen(used, method=m)[0]["loss_every"]
@@ -106,7 +136,8 @@ def fig3(plt, rows: list[dict], rank: int | None, window: int = 5):
     ax.set(xlabel="step", ylabel="training loss per token (log scale)")
     finish(fig, caption(used, f"Loss against step at rank {rank}, lr {lr:g}, s = " + ", ".join(
         f"{chosen(used, method=m)[0]['scale']:.3g} ({NAMES[m]})" for m in METHODS if chosen(used, method=m))
-        + f": mean over the last {window} steps and over seeds; shaded: lowest to highest seed.", scores=False), ax)
+        + f": mean over the last {window * used[0]['loss_every']} steps and over seeds; shaded: lowest to highest seed."
+        + f" Diverged and not drawn: {lost}." * (lost > 0), scores=False), ax)
     return fig
 
 
@@ -184,27 +215,16 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if unknown := set(args.pictures) - PICTURES.keys():
         parser.error(f"no picture {min(unknown)}; choose from {', '.join(PICTURES)}")
-    try:
-        import matplotlib
-    except ImportError:
-        print('plot: pictures need matplotlib, which is not installed: pip install "matplotlib>=3.8"', file=sys.stderr)
+    if not (plt := pyplot("plot")):
         return 1
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    plt.rcParams.update({"svg.hashsalt": "lessons", "font.size": 9, "axes.titlesize": 9, "savefig.dpi": 160})
     rows = load(args.results)
     swept = all(len(grid(rows, m)) > 1 for m in METHODS)
-    args.out.mkdir(parents=True, exist_ok=True)
     ending = "" if args.results.stem == "sweep" else f"-{args.results.stem.removeprefix('sweep-')}"  # fig1-tiny-pruned.png, beside tiny's
     for name in args.pictures or PICTURES:
         if name not in ("fig1", "fig3") and not swept:
             print(f"plot: {name} needs several lrs: python lessons/sweep.py grid", file=sys.stderr)
             continue
-        fig = PICTURES[name](plt, rows, args.rank)
-        fig.savefig(args.out / f"{name}{ending}.png", metadata={"Software": None})
-        fig.savefig(args.out / f"{name}{ending}.svg", metadata={"Date": None})
-        plt.close(fig)
-        print(f"saved {args.out / name}{ending}.png and .svg")
+        save(plt, PICTURES[name](plt, rows, args.rank), args.out, name + ending)
     return 0
 
 

@@ -13,6 +13,7 @@ Stopped, the same command goes on: the base model and every finished run are kep
 """
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -107,10 +108,11 @@ def main(argv: list[str]) -> int:
     size, work = (QUICK, ROOT / "runs/lessons/real_text-quick") if args.quick else (FULL, ROOT / "runs/lessons/real_text")
     results = work / "real_text.jsonl" if args.quick else HERE / "results" / "real_text.jsonl"
     reading, tuning = halves(args.records)
-    base, data = work / "base", work / "train.json"
+    made_of = hashlib.sha256(json.dumps([runs.sha256(args.records), runs.sha256(args.tokenizer), size]).encode()).hexdigest()[:8]
+    base, data = work / f"base-{made_of}", work / f"train-{made_of}.json"  # other records or another size: another base
+    runs.write_json(data, tuning)
     if not base.exists():
         make_base(base, reading, args.tokenizer, size)
-        runs.write_json(data, tuning)
     facts = {"base": checkpoint_digest(base), "records_sha256": runs.sha256(args.records)[:16], "size": size,
              **json.loads((base / "base.json").read_text())}
     same = lambda row: all(row.get(key) == facts[key] for key in ("base", "records_sha256", "size"))
@@ -120,6 +122,8 @@ def main(argv: list[str]) -> int:
             if (method, lr) in done:
                 continue
             code, row = fine_tune(base, data, work / f"{method}-lr{lr:g}", method, lr, size)
+            if code == 4:
+                continue  # its loss was no longer finite, as rora.py has said; there is no curve to show
             if code:
                 return code
             append(results, facts | row)

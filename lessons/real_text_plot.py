@@ -9,14 +9,10 @@ import sys
 from pathlib import Path
 from statistics import mean
 
-from plot import LOOK, finish
+from plot import LOOK, finish, pyplot, save, smooth
 from rows import HERE, METHODS, NAMES, read
 
 WINDOW = 8  # steps
-
-
-def smooth(losses: list[float]) -> list[float]:
-    return [mean(losses[max(0, i - WINDOW + 1) : i + 1]) for i in range(len(losses))]
 
 
 def load(path: Path) -> dict[tuple[str, float], dict]:
@@ -45,13 +41,13 @@ def draw(plt, found: dict[tuple[str, float], dict]):
     for ax, lr in zip(axes[0], lrs):
         for i, method in enumerate(METHODS):
             if run := found.get((method, lr)):
-                losses = smooth(run["loss"])
+                losses = smooth(run["loss"], WINDOW)
                 every = max(1, len(losses) // 12)
                 ax.plot(range(1, len(losses) + 1), losses, markevery=(i * every // 3, every), markersize=4.5, linewidth=1.3, label=NAMES[method],
                         **LOOK[method])
         other = found.get(("lora", lrs[-1]))
         if lr == lrs[0] < lrs[-1] and other:
-            losses = smooth(other["loss"])
+            losses = smooth(other["loss"], WINDOW)
             ax.plot(range(1, len(losses) + 1), losses, linestyle=":", color="black", linewidth=1.3, label=f"LoRA at lr {lrs[-1]:.2g}")
         ax.set_title(f"lr {lr:.2g}")
         ax.set_xlabel("step")
@@ -73,19 +69,8 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     found = load(args.results)
     print(table(found))
-    try:
-        import matplotlib
-    except ImportError:
-        print("real_text: the picture needs matplotlib, which is not installed: pip install matplotlib", file=sys.stderr)
-        return 0
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    plt.rcParams.update({"svg.hashsalt": "lessons", "font.size": 9, "axes.titlesize": 9, "savefig.dpi": 160})
-    args.out.mkdir(parents=True, exist_ok=True)
-    fig = draw(plt, found)
-    fig.savefig(args.out / "real_text.png", metadata={"Software": None})
-    fig.savefig(args.out / "real_text.svg", metadata={"Date": None})
-    print(f"saved {args.out / 'real_text'}.png and .svg")
+    if plt := pyplot("real_text"):
+        save(plt, draw(plt, found), args.out, "real_text")
     return 0
 
 

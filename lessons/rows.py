@@ -7,7 +7,7 @@ and every setting but the axes of the sweep. Lines of different conditions are n
 import hashlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -28,6 +28,11 @@ ABSCISSAS = {  # what accuracy may be drawn against; s is the effective scale
 }
 
 
+def line(*cells) -> str:
+    """A row of a table in Markdown."""
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
 def digest(files: list[Path]) -> str:
     """One hash for names and bytes of some files."""
     total = hashlib.sha256()
@@ -41,8 +46,9 @@ def checkpoint_digest(folder: Path) -> str:
     return digest([p for p in folder.iterdir() if p.suffix == ".safetensors" or p.name in ("config.json", "tokenizer.model")])
 
 
-def questions_digest(tiny: Path = ROOT / "tiny") -> str:
-    return digest([p for home in SPLITS.values() for p in (tiny / home).rglob("*.json")])
+def questions_digest(homes: Iterable[Path]) -> str:
+    """Of all records in some folders, those trained on included."""
+    return digest([p for home in homes for p in home.rglob("*.json")])
 
 
 def read(path: Path) -> list[dict]:
@@ -95,7 +101,7 @@ def axis(rows: list[dict], name: str) -> list:
 
 
 def accuracy(row: dict, split: str = "test") -> float:
-    """Percent, mean of the tasks. A run that diverged left no model to score: it counts as 0."""
+    """Percent, mean of the tasks. A run that diverged counts as 0, whatever it had saved before."""
     return row[split]["mean"] if row.get(split) else 0.0
 
 
@@ -110,9 +116,11 @@ def common_lr(rows: list[dict]) -> float:
 
 
 def grid(rows: list[dict], method: str, rank: int | None = None) -> dict[float, list[dict]]:
-    """{lr: runs}, over the ranks and seeds that every lr was run with, so that no lr is judged by a luckier seed."""
+    """{lr: runs}, over the ranks and seeds that every lr was run with, so that no lr is judged by a luckier seed. Ranks with one lr
+    alone, those of fig1 that the grid has not come to, are no part of it."""
     mine = [r for r in chosen(rows, method=method) if rank in (None, r["settings"]["rank"])]
-    ranks = axis(mine, "rank")
+    ranks = [k for k in axis(mine, "rank") if len(axis(chosen(mine, rank=k), "lr")) > 1] or axis(mine, "rank")
+    mine = [r for r in mine if r["settings"]["rank"] in ranks]
     runs = {lr: chosen(mine, lr=lr) for lr in axis(mine, "lr")}
     runs = {lr: found for lr, found in runs.items() if axis(found, "rank") == ranks}
     cell = lambda r: (r["settings"]["rank"], r["settings"]["seed"])
@@ -120,10 +128,16 @@ def grid(rows: list[dict], method: str, rank: int | None = None) -> dict[float, 
     return {lr: [r for r in found if cell(r) in shared] for lr, found in runs.items()} if shared else {}
 
 
-def best_lr(rows: list[dict], method: str, rank: int | None = None) -> float | None:
-    """The lr with the highest accuracy on the validation questions (never the test's); rank None: one lr for all ranks."""
+def ranking(rows: list[dict], method: str, rank: int | None = None) -> list[float]:
+    """The grid's lrs by accuracy on the validation questions (never the test's), best first; rank None: one lr for all ranks."""
     found = grid(rows, method, rank)
-    return max(found, key=lambda lr: mean(accuracy(r, "val") for r in found[lr]), default=None)
+    return sorted(found, key=lambda lr: -mean(accuracy(r, "val") for r in found[lr]))
+
+
+def best_lr(rows: list[dict], method: str, rank: int | None = None) -> float | None:
+    """The better of the grid's two best, by all the seeds that these two were run with: one seed cannot tell neighbours apart."""
+    finalists = ranking(rows, method, rank)[:2]
+    return next(iter(ranking([r for r in rows if r["settings"]["lr"] in finalists], method, rank)), None)
 
 
 def at_edge(rows: list[dict]) -> list[tuple[str, int, float]]:

@@ -2,7 +2,7 @@
 
     python lessons/sweep.py fig1     lora, dora, rora at five ranks, seeds 0 1 2, the default lr; test, val and strict questions
     python lessons/sweep.py grid     the same at every lr of a grid, seed 0; test and val questions
-    python lessons/sweep.py best     at each method's best lr of that grid (by val), over all ranks and at each, seeds 0 1 2
+    python lessons/sweep.py best     at the two best lrs of that grid by val, over all ranks and at each, a method's: seeds 0 1 2
     python lessons/sweep.py row      the tiny row of flags.py, and with its alpha, warm-up or epochs changed: RoRA, seeds 0 1; val
                                      questions alone. Rank and lr are chosen from the grid's val column
     python lessons/sweep.py ... --dry-run     the list, what is done, how long the rest would take
@@ -24,7 +24,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import mean, median
 
-from rows import METHODS, ROOT, SPLITS, SWEEP, accuracy, append, at_edge, best_lr, checkpoint_digest, condition, key, questions_digest, read
+from rows import METHODS, ROOT, SPLITS, SWEEP, accuracy, append, at_edge, checkpoint_digest, condition, grid, key, line, questions_digest, ranking, read
 
 sys.path.insert(0, str(ROOT))
 import torch
@@ -32,10 +32,11 @@ import torch
 import eval as judge
 import rora
 import runs
-from flags import CHECKPOINTS, MAY_CHANGE, exit_code, find_checkpoint, resolve, training_parser
+from data import TASKS
+from flags import CHECKPOINTS, MAY_CHANGE, Checkpoint, FlagError, exit_code, find_checkpoint, resolve, training_parser
 
 LRS = [2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2]  # three a decade; rows.at_edge tells where they do not reach
-ROW = [{}, {"alpha": 4, "lr": 5e-3}, {"alpha": 64, "lr": 5e-4}, {"warmup": 30}, {"epochs": 1}]  # alpha with an lr of much the same lr · s
+ROW = [{}, {"alpha": 4, "lr": 8e-3}, {"alpha": 64, "lr": 5e-4}, {"warmup": 30}, {"epochs": 1}]  # alpha with an lr of the same lr · s
 GUESS = 90  # seconds a run, until one has been timed
 
 
@@ -46,6 +47,16 @@ def rank_axis(width: int) -> list[int]:
     return sorted({4, *inner, width})
 
 
+def world(ckpt: str) -> tuple[Checkpoint, dict[str, Path]]:
+    """A checkpoint's recipe and its questions, {split: folder}. What flags.py has no row for is another model of tiny's world."""
+    recipe = CHECKPOINTS.get(Path(ckpt).name, CHECKPOINTS["tiny"])
+    homes = {split: ROOT / "tiny" / home for split, home in SPLITS.items()} if recipe is CHECKPOINTS["tiny"] else {"test": Path(recipe.tests)}
+    for home in homes.values():
+        if missing := [task for task in TASKS if not (home / task / "test.json").is_file()]:
+            raise FlagError(f"no {home / missing[0] / 'test.json'}: run ./weights_download.sh data")
+    return recipe, homes
+
+
 # --- one run ---------------------------------------------------------------------------------------
 
 
@@ -53,9 +64,9 @@ def planned(args: argparse.Namespace, files: dict[str, str], splits: list[str], 
             **other: float) -> dict:
     """A run to be: rora.py's flags, what identifies it, and which questions to ask. files: the digests of what it reads."""
     other = ({"alpha": args.alpha} if args.alpha else {}) | other
-    recipe = replace(CHECKPOINTS["tiny"], **other)  # another model of the same world gets the same recipe
+    recipe = replace(world(args.ckpt)[0], **other)
     flags = ["--ckpt", args.ckpt, "--data", recipe.data, "--method", method, "--rank", rank, "--lr", lr, "--seed", seed,
-             "--alpha", recipe.alpha, "--warmup", recipe.warmup, "--val-size", recipe.val_size, "--loss", recipe.loss,
+             "--alpha", recipe.alpha, "--warmup", recipe.warmup, "--val-size", recipe.val_size, "--loss", recipe.loss, "--dtype", recipe.cuda_dtype,
              *(["--max-steps", args.max_steps] if args.max_steps else ["--epochs", recipe.epochs])]
     flags = [str(f) for f in flags]
     s = asdict(resolve(training_parser(rora.METHODS, rora.SCALES).parse_args(flags), rora.METHODS)[0])
@@ -73,9 +84,10 @@ def run_one(job: dict, out: Path) -> int:
     if code not in (0, 4):
         return code
     row = {k: job[k] for k in ("ckpt", "checkpoint", "questions", "limit", "settings")}
+    homes, dtype = world(job["ckpt"])[1], ["--dtype", job["settings"]["dtype"]]
     for split in job["splits"] if code == 0 else ():
         limit = ["--limit", str(job["limit"])] if job["limit"] else []
-        if code := judge.main([str(out), "--data", str(ROOT / "tiny" / SPLITS[split]), "--out", str(out / f"eval-{split}"), *limit]):
+        if code := judge.main([str(out), "--data", str(homes[split]), "--out", str(out / f"eval-{split}"), *dtype, *limit]):
             return code
         results = json.loads((out / f"eval-{split}" / "results.json").read_text())
         tasks = results["tasks"]
@@ -108,20 +120,23 @@ def thinned(values: list[float], most: int = 150) -> tuple[int, list[float]]:
 
 def plan(args: argparse.Namespace, rows: list[dict]) -> list[dict]:
     """Every run of the mode, seeds outermost: an early stop leaves whole curves."""
-    folder, lr = find_checkpoint(args.ckpt), CHECKPOINTS["tiny"].lr
-    files = {"checkpoint": checkpoint_digest(folder), "questions": questions_digest()}
+    folder, (recipe, homes) = find_checkpoint(args.ckpt), world(args.ckpt)
+    if args.mode != "fig1" and "val" not in homes:
+        raise FlagError(f"{args.mode} chooses by validation questions, which tiny's world alone has; for {args.ckpt} there is fig1")
+    files, lr = {"checkpoint": checkpoint_digest(folder), "questions": questions_digest(homes.values())}, recipe.lr
     if args.mode == "row":
         row = {"rank": rora.METHODS["rora"].size, "lr": lr}
         return [planned(args, files, ["val"], "rora", seed=seed, **row | change) for change in ROW for seed in args.seeds or [0, 1]]
     ranks = args.ranks or rank_axis(json.loads((folder / "config.json").read_text())["hidden_size"])
-    splits = list(SPLITS) if args.mode == "fig1" else ["test", "val"]
+    splits = list(homes) if args.mode == "fig1" else ["test", "val"]
     seeds = args.seeds or ([0] if args.mode == "grid" else [0, 1, 2])
     rows = [r for r in rows if condition(r) == condition(planned(args, files, splits, "lora", ranks[0], lr, 0))]
     given = args.lrs or (LRS if args.mode == "grid" else [lr])
-    lrs = lambda m, rank: sorted({best_lr(rows, m), best_lr(rows, m, rank)}, key=str) if args.mode == "best" else given
+    lrs = lambda m, rank: sorted({*ranking(rows, m)[:2], *ranking(rows, m, rank)[:2]}) if args.mode == "best" else given
+    for m, rank in ((m, rank) for m in args.methods for rank in ranks if args.mode == "best"):
+        if missing := set(args.lrs or LRS) - set(grid(rows, m, rank)):
+            raise SystemExit(f"the grid of {m} at rank {rank} has no lr {min(missing):g} yet: python lessons/sweep.py grid")
     jobs = [(m, rank, lr, seed) for seed in seeds for rank in ranks for m in args.methods for lr in lrs(m, rank)]
-    if missing := next((job for job in jobs if job[2] is None), None):
-        raise SystemExit(f"no grid of {missing[0]} at rank {missing[1]} yet: python lessons/sweep.py grid")
     return [planned(args, files, splits, *job) for job in jobs]
 
 
@@ -184,13 +199,12 @@ def row_table(jobs: list[dict], rows: list[dict]) -> str:
     for job in jobs:
         if run := found.get(key(job)):
             groups.setdefault(tuple(job["settings"][s] for s in settings), []).append(run)
-    lines = ["| " + " | ".join([*settings, "val, each seed", "mean", "least task", "training, s"]) + " |", "|--:" * 9 + "|"]
+    lines = [line(*settings, "val, each seed", "mean", "least task", "training, s"), "|--:" * 9 + "|"]
     for values, group in groups.items():
         means = [accuracy(r, "val") for r in group]
         least = min(min(r["val"]["tasks"].values()) if r.get("val") else 0 for r in group)
-        cells = [*(f"{v:g}" for v in values), " ".join(f"{m:.1f}" for m in means), f"{mean(means):.1f}", f"{least:.0f}",
-                 f"{mean(r['seconds'] for r in group):.0f}"]
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append(line(*(f"{v:g}" for v in values), " ".join(f"{m:.1f}" for m in means), f"{mean(means):.1f}", f"{least:.0f}",
+                          f"{mean(r['seconds'] for r in group):.0f}"))
     return "\n".join(lines)
 
 
@@ -199,7 +213,7 @@ def main(argv: list[str]) -> int:
         return run_one(json.loads(argv[1]), Path(argv[2]))
     parser = argparse.ArgumentParser(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__)
     parser.add_argument("mode", choices=["fig1", "grid", "best", "row"])
-    parser.add_argument("--ckpt", default="tiny", metavar="NAME", help="another model of the same world, trained by the same recipe")
+    parser.add_argument("--ckpt", default="tiny", metavar="NAME", help="another model of tiny's world, trained by the same recipe; or one of the paper's, on its own data (fig1)")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--ranks", nargs="+", type=int, metavar="R", help="default: five from 4 to the model's width")
     parser.add_argument("--lrs", nargs="+", type=float, metavar="X",
@@ -214,15 +228,20 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--dry-run", action="store_true")
     args = parser.parse_args(argv)
     ending = "" if args.ckpt == "tiny" else f"-{Path(args.ckpt).name}"
+    if (args.max_steps or args.limit or args.alpha) and not args.results:
+        raise FlagError("with --alpha, --max-steps or --limit the runs are of another kind: give them a file of their own, --results FILE")
+    if args.mode == "row" and (args.methods != METHODS or args.ranks or args.lrs):
+        raise FlagError("row has its own list (ROW in this file): leave out --methods, --ranks and --lrs")
     results = args.results or SWEEP.with_name(f"{'row' if args.mode == 'row' else 'sweep'}{ending}.jsonl")
     rows = read(results)
     jobs = plan(args, rows)
     todo = pending(jobs, rows)
     left = sum(seconds(j, rows) for j in todo) / args.jobs / 60
+    timed = {condition(r) for r in rows} & {condition(j) for j in jobs}
     if args.dry_run:
         print("\n".join(f"{'to do' if j in todo else 'done '}  {j['name']}" for j in jobs))
     print(f"{args.mode} on {args.ckpt} ({jobs[0]['checkpoint']}): {len(jobs)} runs, {len(jobs) - len(todo)} done; the other {len(todo)} take about "
-          f"{left:.0f} min, {args.jobs} at a time" + ("" if rows or not todo else f" (a guess of {GUESS} s each: none timed yet)"), flush=True)
+          f"{left:.0f} min, {args.jobs} at a time" + ("" if timed or not todo else f" (a guess of {GUESS} s each: none timed yet)"), flush=True)
     code = 0 if args.dry_run else work(todo, args.jobs, results, args.keep)
     if args.mode == "row":
         print(row_table(jobs, read(results)))

@@ -16,7 +16,7 @@ from fractions import Fraction
 from pathlib import Path
 from statistics import mean, stdev
 
-from rows import HERE, METHODS, NAMES, RESULTS, axis, best_lr, chosen, common_lr, load
+from rows import HERE, METHODS, NAMES, RESULTS, accuracy, axis, best_lr, chosen, common_lr, line, load
 
 TASKS = {"boolq": 3270, "piqa": 1838, "social_i_qa": 1954, "hellaswag": 10042, "winogrande": 1267, "ARC-Easy": 2376,
          "ARC-Challenge": 1172, "openbookqa": 500}  # questions in the real test sets
@@ -80,10 +80,6 @@ def paper_line(row: dict) -> str:
 # --- ours ------------------------------------------------------------------------------------------
 
 
-def line(*cells) -> str:
-    return "| " + " | ".join(map(str, cells)) + " |"
-
-
 def pm(values: list[float]) -> str:
     return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
 
@@ -95,13 +91,13 @@ def method_name(settings: dict) -> str:
 
 def our_line(model: str, rows: list[dict]) -> str:
     """One line for the seeds of one setting."""
-    s, scored = rows[0]["settings"], [r for r in rows if r.get("test")]
+    s, scored = rows[0]["settings"], [r for r in rows if r.get("test")]  # one that diverged has no scores; its average counts as 0
     if not scored:
         return line(model, method_name(s), s["rank"], f"ours, lr {s['lr']:g}: diverged", len(rows), *[DASH] * 10)
     cell = lambda t: pm([r["test"]["tasks"][t] for r in scored]) if all(t in r["test"]["tasks"] for r in scored) else DASH
-    means = [r["test"]["mean"] for r in scored]
+    means = [accuracy(r) for r in rows]
     lost = f", {len(rows) - len(scored)} diverged" if len(scored) < len(rows) else ""
-    return line(model, method_name(s), s["rank"], f"ours, lr {s['lr']:g}{lost}", len(scored), scored[0]["test"]["n"], *map(cell, TASKS),
+    return line(model, method_name(s), s["rank"], f"ours, lr {s['lr']:g}{lost}", len(rows), scored[0]["test"]["n"], *map(cell, TASKS),
                 DASH if None in means else f"**{pm(means)}**")
 
 
@@ -147,11 +143,15 @@ def from_sweep(path: Path, best: bool) -> list[dict]:
 def table(name: str, runs: dict[str, list[dict]], sweeps: list[Path], best: bool) -> str:
     """The paper's rows, ours of the same model and method below each (a dash where nothing was run), then our small models."""
     lines = [line("model", "method", "rank", "whose", "seeds", "n", *TASKS, "average"), "|---|---|--:|---|--:|--:|" + "--:|" * 9]
+    groups, shown = {model: by_setting(rows) for model, rows in runs.items()}, []
     for row in [r for r in paper() if r["table"] == name]:
         lines.append(paper_line(row))
-        mine = [g for g in by_setting(runs.get(row["model"], [])) if method_name(g[0]["settings"]) == row["method"]
+        mine = [g for g in groups.get(row["model"], []) if method_name(g[0]["settings"]) == row["method"]
                 and row["rank"] in (DASH, str(g[0]["settings"]["rank"]))]
         lines += [our_line(row["model"], g) for g in mine] or [line(row["model"], row["method"], row["rank"], "ours", *[DASH] * 11)]
+        shown += map(id, mine)
+    lines += [our_line(model, g) for model in runs if any(r["table"] == name and r["model"] == model for r in paper())
+              for g in groups[model] if id(g) not in shown]  # settings that the paper has no row of
     for path in sweeps:
         rows = from_sweep(path, best)
         lines += [our_line(Path(rows[0]["ckpt"]).name, g) for g in by_setting(rows)]
@@ -165,7 +165,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="of sweep.jsonl and sweep-CKPT.jsonl")
     args = parser.parse_args(argv)
     runs = from_runs(args.runs)
-    pruned = lambda path: "pruned" in path.name or "healed" in path.name
+    pruned = lambda path: any(word in path.name for word in ("pruned", "healed", "sheared"))
     sweeps = sorted(args.results.glob("sweep*.jsonl"))
     print("paper: as printed, one run a row. ours: greedy decoding (the paper: four beams), mean ± standard deviation over seeds, n: test questions "
           f"a run; {DASH}: not run, or not said. The small models answer questions about a closed world of their own, not the real test sets.\n"

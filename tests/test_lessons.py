@@ -17,6 +17,8 @@ import rows
 import sweep
 import tables
 
+from flags import FlagError
+
 # --- the paper's tables ----------------------------------------------------------------------------
 
 
@@ -103,7 +105,7 @@ def test_results_of_another_checkpoint_count_for_nothing(tmp_path, capsys):
         rows.append(tmp_path / "sweep.jsonl", row)
     (only,) = rows.load(tmp_path / "sweep.jsonl")
     assert rows.accuracy(only) == 90 and "45 runs of another checkpoint" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="no grid"):
+    with pytest.raises(SystemExit, match="has no lr"):
         sweep.plan(asked("best", tmp_path), before)
 
 
@@ -132,9 +134,29 @@ def test_the_best_lr_is_chosen_by_validation_and_on_seeds_that_all_lrs_share(tmp
     lucky = result(sweep.plan(asked("fig1", tmp_path, lrs=[1e-3], ranks=[4], methods=["rora"], seeds=[1]), [])[0], val=99)
     assert rows.best_lr(found + [lucky], "rora", 4) == 1e-2
     assert rows.at_edge(found) == [("rora", 4, 1e-2)]
-    jobs = sweep.plan(asked("best", tmp_path, ranks=[4], methods=["rora"]), found + [lucky])
-    assert [(j["settings"]["lr"], j["settings"]["seed"]) for j in jobs] == [(1e-2, 0), (1e-2, 1), (1e-2, 2)]
-    assert [j["settings"]["seed"] for j in sweep.pending(jobs, found)] == [1, 2]
+
+
+def test_the_two_best_lrs_of_one_seed_meet_again_over_three(tmp_path):
+    args = asked("grid", checkpoint(tmp_path), lrs=[1e-3, 2e-3, 1e-2], ranks=[4], methods=["rora"], seeds=[0, 1, 2])
+    vals = {1e-3: [95, 80, 80], 2e-3: [94, 92, 92], 1e-2: [10, 99, 99]}
+    found = [result(j, val=vals[j["settings"]["lr"]][j["settings"]["seed"]]) for j in sweep.plan(args, [])]
+    first = [r for r in found if r["settings"]["seed"] == 0]
+    assert rows.best_lr(first, "rora", 4) == 1e-3
+    best = asked("best", tmp_path, ranks=[4], methods=["rora"], lrs=args.lrs)
+    jobs = sweep.plan(best, first)
+    assert [(j["settings"]["seed"], j["settings"]["lr"]) for j in jobs] == [(seed, lr) for seed in (0, 1, 2) for lr in (1e-3, 2e-3)]
+    assert [j["settings"]["seed"] for j in sweep.pending(jobs, first)] == [1, 1, 2, 2]
+    asked_for = {rows.key(j) for j in jobs}
+    assert rows.best_lr([r for r in found if rows.key(r) in asked_for] + first, "rora", 4) == 2e-3
+    with pytest.raises(SystemExit, match="the grid of rora at rank 4 has no lr 0.0002 yet"):
+        sweep.plan(asked("best", tmp_path, ranks=[4], methods=["rora"]), first)  # the whole grid, where none is named
+
+
+def test_a_rank_that_the_grid_has_not_come_to_does_not_empty_it(tmp_path):
+    lrs = [1e-3, 2e-3]
+    found = [result(j) for j in sweep.plan(asked("grid", checkpoint(tmp_path), lrs=lrs, ranks=[4], methods=["rora"]), [])]
+    alone = [result(j) for j in sweep.plan(asked("fig1", tmp_path, lrs=[2e-3], ranks=[8], methods=["rora"]), [])]
+    assert list(rows.grid(found + alone, "rora")) == lrs
 
 
 def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path, monkeypatch, capsys):
@@ -150,9 +172,9 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path, monkeypatch, c
         def poll(self):
             return self.returncode
 
+    jobs = sweep.plan(asked("fig1", checkpoint(tmp_path / "model"), ranks=[4], seeds=[0]), [])
     monkeypatch.setattr(sweep.subprocess, "Popen", Process)
     monkeypatch.setattr(sweep, "ROOT", tmp_path)
-    jobs = sweep.plan(asked("fig1", checkpoint(tmp_path / "model"), ranks=[4], seeds=[0]), [])
     assert sweep.work(jobs, 2, tmp_path / "sweep.jsonl", keep=False) == 1
     assert {r["settings"]["method"] for r in rows.read(tmp_path / "sweep.jsonl")} == {"lora", "rora"}
     assert f"{jobs[1]['name']} failed with exit code 3: it went wrong here" in capsys.readouterr().err
@@ -168,6 +190,31 @@ def test_a_run_leaves_a_line_with_all_that_identifies_it(tmp_path):
     assert sweep.pending([job], [row]) == [] and row["val"]["n"] == 8 and len(row["loss"]) == 2
     assert row["scale"] == pytest.approx(row["settings"]["alpha"] / math.sqrt(4)) and row["tokens"] > 0 and not row["diverged"]
     assert sweep.run_one(job | {"checkpoint": "replaced since"}, tmp_path / "run-lr0.01") == 3
+
+
+def test_a_model_of_the_papers_is_swept_on_its_own_data(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_checkpoint(tmp_path / "checkpoints/sheared-llama-1.3b")
+    flags = ["fig1", "--ckpt", "sheared-llama-1.3b", "--max-steps", "2", "--limit", "1", "--results", "own.jsonl", "--dry-run"]
+    with pytest.raises(FlagError, match="no data/boolq/test.json: run ./weights_download.sh data"):
+        sweep.main(flags)
+    for task in tables.TASKS:
+        (tmp_path / "data" / task).mkdir(parents=True)
+        (tmp_path / "data" / task / "test.json").write_bytes((ROOT / "tiny/data" / task / "test.json").read_bytes())
+    (tmp_path / "data/commonsense_170k.json").write_bytes((ROOT / "tiny/data/train.json").read_bytes())
+    args = asked("fig1", "sheared-llama-1.3b", methods=["rora"], ranks=[8], seeds=[0], max_steps=2, limit=1)
+    (job,) = sweep.plan(args, [])
+    assert sweep.run_one(job, tmp_path / "run") == 0
+    row = json.loads((tmp_path / "run.row").read_text())
+    assert row["settings"]["alpha"] == 64 and row["settings"]["loss"] == "all" and row["test"]["n"] == 8 and "val" not in row
+    with pytest.raises(FlagError, match="grid chooses by validation questions"):
+        sweep.main(["grid", *flags[1:]])
+
+
+@pytest.mark.parametrize("words", ["fig1 --limit 3", "grid --alpha 4", "row --lrs 1"])
+def test_trials_do_not_go_into_the_committed_results(words):
+    with pytest.raises(FlagError):
+        sweep.main([*words.split(), "--dry-run"])
 
 
 def test_loss_curves_are_thinned_by_averaging():
@@ -196,7 +243,8 @@ def test_the_findings_tell_the_axis_that_made_the_numbers(tmp_path, capsys):
     for row in found:
         rows.append(tmp_path / "sweep.jsonl", row)
     assert findings.main(["--results", str(tmp_path / "sweep.jsonl")]) == 0
-    cells = {c[1].strip(): c for c in (line.split("|") for line in capsys.readouterr().out.splitlines()) if len(c) == 6}
-    assert all(float(cells[r][4]) < 0.6 < 5 < float(cells[r][3]) for r in ("16", "64"))
-    share = {name: int(cells[name][4].strip().rstrip("%")) for name in rows.ABSCISSAS}
+    lines = [[c.strip() for c in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    swapped = {c[0]: c for c in lines if len(c) == 5 and c[0] in ("16", "64")}
+    assert all(float(swapped[r][3]) < 0.6 < 5 < float(swapped[r][2]) for r in ("16", "64"))
+    share = {c[0]: int(c[2].rstrip("%")) for c in lines if c[0] in rows.ABSCISSAS}
     assert share["lr · s"] > 98 and max(v for k, v in share.items() if k != "lr · s") < 95

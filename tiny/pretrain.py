@@ -32,7 +32,6 @@ from data import SentencePieceTokenizer, format_prompt, load_tokenizer
 from llama import Llama, LlamaConfig, save_llama
 from world import SIZES, STEMS, World, build_world, questions
 
-# stage: tokens in millions, hint and heads (corpus.py), share of each kind of document
 STAGES = {  # stage: tokens in millions; hint, heads, noise (corpus.py); share of each kind of document
     "lists":    (1.5, (0.00, 12, 0.0), {"statements": 34, "copy": 12, "bare": 30, "lookup": 12, "answer": 6, "yesno": 6}),
     "verdicts": (2.0, (0.00, 12, 0.0), {"statements": 22, "copy": 3, "bare": 10, "lookup": 8, "answer": 8, "yesno": 14, "verdict": 22, "label": 13}),
