@@ -2,9 +2,11 @@
 PYTHON ?= python3
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-demo: .venv/run-time  ## train the embedded default with RoRA, score it, print the tables
+demo: .venv/run-time  ## what the embedded model answers before, and after training it with RoRA
+	.venv/bin/python eval.py --ckpt tiny --limit 20
 	.venv/bin/python rora.py --overwrite
 	.venv/bin/python eval.py runs/tiny-rora-r32-s0
+	.venv/bin/python eval.py --table runs/tiny-base runs/tiny-rora-r32-s0
 
 test: .venv/test  ## the default test suite
 	.venv/bin/python -m pytest

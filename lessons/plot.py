@@ -61,7 +61,7 @@ def caption(rows: list[dict], said: str, scores: bool = True) -> str:
     n = max((r["test"]["n"] for r in rows if r.get("test")), default=0)
     diverged = sum(r["diverged"] for r in rows)
     asked = f"n = {n} test questions a run, 8 tasks, greedy; seeds" if scores else "Seeds"
-    return (f"{said} {asked} {listed(axis(rows, 'seed'))}; α\N{NO-BREAK SPACE}= {listed(axis(rows, 'alpha'))}; "
+    return (f"{said} {asked} {listed(axis(rows, 'seed'))}; α\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{listed(axis(rows, 'alpha'))}; "
             f"{max(r['tokens'] for r in rows):,} training tokens a run; {rows[0]['ckpt']} checkpoint {rows[0]['checkpoint'][:8]}; "
             f"{', '.join(sorted({r['device'] for r in rows}))}."
             + f" Runs that diverged count as 0: {diverged}." * (diverged > 0))
