@@ -35,7 +35,7 @@ import runs
 from data import TASKS
 from flags import CHECKPOINTS, MAY_CHANGE, Checkpoint, FlagError, exit_code, find_checkpoint, resolve, training_parser
 
-LRS = [2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2]  # three a decade; rows.at_edge tells where they do not reach
+LRS = [5e-4, 1e-3, 2e-3, 5e-3, 1e-2]  # about three a decade; rows.at_edge tells where they do not reach
 ROW = [{}, {"alpha": 4, "lr": 8e-3}, {"alpha": 64, "lr": 5e-4}, {"warmup": 30}, {"epochs": 1}]  # alpha with an lr of the same lr · s
 GUESS = 90  # seconds a run, until one has been timed
 

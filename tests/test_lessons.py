@@ -148,7 +148,7 @@ def test_the_two_best_lrs_of_one_seed_meet_again_over_three(tmp_path):
     assert [j["settings"]["seed"] for j in sweep.pending(jobs, first)] == [1, 1, 2, 2]
     asked_for = {rows.key(j) for j in jobs}
     assert rows.best_lr([r for r in found if rows.key(r) in asked_for] + first, "rora", 4) == 2e-3
-    with pytest.raises(SystemExit, match="the grid of rora at rank 4 has no lr 0.0002 yet"):
+    with pytest.raises(SystemExit, match="the grid of rora at rank 4 has no lr 0.0005 yet"):
         sweep.plan(asked("best", tmp_path, ranks=[4], methods=["rora"]), first)  # the whole grid, where none is named
 
 
