@@ -25,9 +25,8 @@ def by_seed(rows: Runs, method: str, rank: int, lr: float, split: str = "test") 
     return {r["settings"]["seed"]: accuracy(r, split) for r in runs if r["diverged"] or r.get(split)}
 
 
-def difference(rows: Runs, a: str, b: str, rank: int, lr_of, split: str = "test") -> list[float]:
-    """Method a minus method b, seed by seed, in points."""
-    one, two = (by_seed(rows, m, rank, lr_of(m, rank), split) for m in (a, b))
+def difference(one: dict[int, float], two: dict[int, float]) -> list[float]:
+    """One cell minus another, seed by seed, in points."""
     return [one[seed] - two[seed] for seed in sorted(one.keys() & two.keys())]
 
 
@@ -44,13 +43,27 @@ def sampling_error(row: dict) -> float:
 
 
 def comparison(rows: Runs, title: str, lr_of, split: str = "test") -> str:
-    """A line a rank: the three accuracies, and RoRA's lead."""
+    """A line a rank: the three accuracies, and RoRA's lead; then their means over the ranks."""
     lines = [f"### {title}, {split} questions\n", line("rank", *NAMES.values(), "RoRA - LoRA (seeds)", "RoRA - DoRA (seeds)", "lr of each"),
              "|--:|--:|--:|--:|--:|--:|---|"]
-    for rank in axis(rows, "rank"):
-        cells = [list(by_seed(rows, m, rank, lr_of(m, rank), split).values()) for m in METHODS]
-        lines.append(line(rank, *(pm(c) if c else "–" for c in cells), signed(difference(rows, "rora", "lora", rank, lr_of, split)),
-                          signed(difference(rows, "rora", "dora", rank, lr_of, split)), ", ".join(f"{lr_of(m, rank) or 0:g}" for m in METHODS)))
+    ranks = axis(rows, "rank")
+    cells = {rank: {m: by_seed(rows, m, rank, lr_of(m, rank), split) for m in METHODS} for rank in ranks}
+    everywhere = {m: set.intersection(*(set(cells[rank][m]) for rank in ranks)) for m in METHODS}
+    cells["mean"] = {m: {seed: mean(cells[rank][m][seed] for rank in ranks) for seed in everywhere[m]} for m in METHODS}
+    for rank, found in cells.items():
+        lrs = "" if rank == "mean" else ", ".join(f"{lr_of(m, rank) or 0:g}" for m in METHODS)
+        lines.append(line(rank, *(pm(list(c.values())) if c else "–" for c in found.values()),
+                          *(signed(difference(found["rora"], found[m])) for m in ("lora", "dora")), lrs))
+    return "\n".join(lines)
+
+
+def by_task(rows: Runs, title: str, lr_of) -> str:
+    """Where the differences are: a line a method, each task's test accuracy, mean over ranks and seeds."""
+    tasks = next(iter(r["test"]["tasks"] for r in rows if r.get("test")))
+    lines = [f"### By task, {title}: mean over ranks and seeds\n", line("method", *tasks), "|---|" + "--:|" * len(tasks)]
+    for m in METHODS:
+        runs = [r for rank in axis(rows, "rank") for r in chosen(rows, method=m, rank=rank, lr=lr_of(m, rank)) if r.get("test")]
+        lines.append(line(NAMES[m], *(f"{mean(r['test']['tasks'][t] for r in runs):.1f}" for t in tasks)))
     return "\n".join(lines)
 
 
@@ -113,6 +126,21 @@ def cells(rows: Runs) -> str:
     return "\n".join(lines)
 
 
+def edges(rows: Runs) -> str:
+    """Where learning sets in and where it breaks down: the range of accuracy over all methods and ranks, on two axes."""
+    cells = [chosen(rows, method=m, rank=rank, lr=lr) for m in METHODS for rank in axis(rows, "rank") for lr in axis(rows, "lr")]
+    points = [(*(ABSCISSAS[name](found[0]) for name in ("lr · s · r", "lr")), mean(map(accuracy, found))) for found in cells if found]
+    lines = [line("", "cells", "least", "most"), "|---|--:|--:|--:|"]
+    bounds = [0, 0.015, 0.025, 0.04, 0.06]
+    for low, high in zip(bounds, bounds[1:]):
+        if values := [y for x, _, y in points if low < x <= high]:
+            lines.append(line(f"lr · s · r from {low:g} to {high:g}", len(values), f"{min(values):.1f}", f"{max(values):.1f}"))
+    for lr in axis(rows, "lr"):
+        if values := [y for x, at, y in points if at == lr and x > bounds[-1]]:
+            lines.append(line(f"above, lr {lr:g}", len(values), f"{min(values):.1f}", f"{max(values):.1f}"))
+    return "\n".join(lines)
+
+
 def best_rates(rows: Runs) -> str:
     """Where each method's best lr lies; were RoRA LoRA at lr·√r, the ratio would be √r."""
     edge = {(m, rank) for m, rank, _ in at_edge(rows)}
@@ -157,6 +185,7 @@ def main(argv: list[str]) -> int:
     ways = three_ways(rows)
     for name, lr_of in ways.items() if swept else [next(iter(ways.items()))]:
         print("\n" + comparison(rows, f"Accuracy at {name}", lr_of))
+        print("\n" + by_task(rows, name, lr_of))
         if any(r.get("strict") for r in rows) and name == "one lr for all":
             print("\n" + comparison(rows, f"Accuracy at {name}", lr_of, "strict"))
     print(f"\n### Loss (Fig. 3)\n\n{losses(rows)}")
@@ -164,6 +193,7 @@ def main(argv: list[str]) -> int:
         print(f"\n### The whole grid: val / test accuracy (seeds)\n\n{cells(rows)}")
         print(f"\n### The best learning rates (neighbours in the grid lie a factor 2 to 2.5 apart)\n\n{best_rates(rows)}")
         print(f"\n### RoRA at lr and LoRA at lr·√r, in points of test accuracy\n\n{swapped(rows)}")
+        print(f"\n### Where learning sets in, and where it breaks down: test accuracy, all methods and ranks\n\n{edges(rows)}")
         print(f"\n### One curve on which axis? LoRA and RoRA, all ranks\n\n{axes(rows)}")
     return 0
 

@@ -193,18 +193,17 @@ def work(todo: list[dict], jobs: int, results: Path, keep: bool) -> int:
 
 
 def row_table(jobs: list[dict], rows: list[dict]) -> str:
-    """The runs of mode `row` in Markdown: what was set, accuracy on the validation questions, seconds of training."""
+    """The runs of mode `row` in Markdown: what was set, and accuracy on the validation questions."""
     found, settings = {key(r): r for r in rows}, ("rank", "alpha", "lr", "warmup", "epochs")
     groups: dict[tuple, list[dict]] = {}
     for job in jobs:
         if run := found.get(key(job)):
             groups.setdefault(tuple(job["settings"][s] for s in settings), []).append(run)
-    lines = [line(*settings, "val, each seed", "mean", "least task", "training, s"), "|--:" * 9 + "|"]
+    lines = [line(*settings, "val, each seed", "mean", "least task"), "|--:" * 8 + "|"]
     for values, group in groups.items():
         means = [accuracy(r, "val") for r in group]
         least = min(min(r["val"]["tasks"].values()) if r.get("val") else 0 for r in group)
-        lines.append(line(*(f"{v:g}" for v in values), " ".join(f"{m:.1f}" for m in means), f"{mean(means):.1f}", f"{least:.0f}",
-                          f"{mean(r['seconds'] for r in group):.0f}"))
+        lines.append(line(*(f"{v:g}" for v in values), " ".join(f"{m:.1f}" for m in means), f"{mean(means):.1f}", f"{least:.0f}"))
     return "\n".join(lines)
 
 
@@ -213,7 +212,8 @@ def main(argv: list[str]) -> int:
         return run_one(json.loads(argv[1]), Path(argv[2]))
     parser = argparse.ArgumentParser(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__)
     parser.add_argument("mode", choices=["fig1", "grid", "best", "row"])
-    parser.add_argument("--ckpt", default="tiny", metavar="NAME", help="another model of tiny's world, trained by the same recipe; or one of the paper's, on its own data (fig1)")
+    parser.add_argument("--ckpt", default="tiny", metavar="NAME",
+                        help="another model of tiny's world, trained by the same recipe; or one of the paper's, on its own data (fig1)")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--ranks", nargs="+", type=int, metavar="R", help="default: five from 4 to the model's width")
     parser.add_argument("--lrs", nargs="+", type=float, metavar="X",
