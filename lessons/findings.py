@@ -58,12 +58,19 @@ def comparison(rows: Runs, title: str, lr_of, split: str = "test") -> str:
 
 
 def by_task(rows: Runs, title: str, lr_of) -> str:
-    """Where the differences are: a line a method, each task's test accuracy, mean over ranks and seeds."""
-    tasks = next(iter(r["test"]["tasks"] for r in rows if r.get("test")))
-    lines = [f"### By task, {title}: mean over ranks and seeds\n", line("method", *tasks), "|---|" + "--:|" * len(tasks)]
+    """Where the differences are: a line a method, each task's test accuracy, mean over ranks and seeds; and RoRA's lead without the task
+    that makes most of it."""
+    tasks = list(next(r["test"]["tasks"] for r in rows if r.get("test")))
+    lines = [f"### By task, {title}: mean over ranks and seeds\n", line("method", *tasks, "no legal answer, %"), "|---|" + "--:|" * (len(tasks) + 1)]
+    found = {}
     for m in METHODS:
         runs = [r for rank in axis(rows, "rank") for r in chosen(rows, method=m, rank=rank, lr=lr_of(m, rank)) if r.get("test")]
-        lines.append(line(NAMES[m], *(f"{mean(r['test']['tasks'][t] for r in runs):.1f}" for t in tasks)))
+        found[m] = {t: mean(r["test"]["tasks"][t] for r in runs) for t in tasks}
+        silent = mean(100 * r["test"]["unanswered"] / r["test"]["n"] for r in runs)
+        lines.append(line(NAMES[m], *(f"{y:.1f}" for y in found[m].values()), f"{silent:.1f}"))
+    most = max(tasks, key=lambda t: found["rora"][t] - found["lora"][t])
+    without = {m: mean(found["rora"][t] - found[m][t] for t in tasks if t != most) for m in ("lora", "dora")}
+    lines.append(f"\nWithout {most} RoRA's lead over LoRA is {without['lora']:+.1f} points, over DoRA {without['dora']:+.1f}.")
     return "\n".join(lines)
 
 

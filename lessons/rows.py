@@ -135,9 +135,13 @@ def ranking(rows: list[dict], method: str, rank: int | None = None) -> list[floa
 
 
 def best_lr(rows: list[dict], method: str, rank: int | None = None) -> float | None:
-    """The better of the grid's two best, by all the seeds that these two were run with: one seed cannot tell neighbours apart."""
-    finalists = ranking(rows, method, rank)[:2]
-    return next(iter(ranking([r for r in rows if r["settings"]["lr"] in finalists], method, rank)), None)
+    """The best by all the seeds that the grid's two best share, among all lrs run with these: one seed cannot tell neighbours apart."""
+    found = {lr: {} for lr in grid(rows, method, rank)}
+    for r in chosen(rows, method=method):
+        if r["settings"]["lr"] in found and rank in (None, r["settings"]["rank"]):
+            found[r["settings"]["lr"]][r["settings"]["rank"], r["settings"]["seed"]] = accuracy(r, "val")
+    shared = set.intersection(*(set(found[lr]) for lr in ranking(rows, method, rank)[:2])) if found else set()
+    return max((lr for lr in found if shared <= found[lr].keys()), key=lambda lr: mean(found[lr][cell] for cell in shared), default=None)
 
 
 def at_edge(rows: list[dict]) -> list[tuple[str, int, float]]:

@@ -148,6 +148,8 @@ def test_the_two_best_lrs_of_one_seed_meet_again_over_three(tmp_path):
     assert [j["settings"]["seed"] for j in sweep.pending(jobs, first)] == [1, 1, 2, 2]
     asked_for = {rows.key(j) for j in jobs}
     assert rows.best_lr([r for r in found if rows.key(r) in asked_for] + first, "rora", 4) == 2e-3
+    third = sweep.plan(asked("grid", tmp_path, lrs=[5e-3], ranks=[4], methods=["rora"], seeds=[0, 1, 2]), [])  # run thrice for another rank's sake
+    assert rows.best_lr([r for r in found if rows.key(r) in asked_for] + first + [result(j, val=93.5) for j in third], "rora", 4) == 5e-3
     with pytest.raises(SystemExit, match="the grid of rora at rank 4 has no lr 0.0005 yet"):
         sweep.plan(asked("best", tmp_path, ranks=[4], methods=["rora"]), first)  # the whole grid, where none is named
 
