@@ -22,13 +22,17 @@ class SeriesAdapter(nn.Module):
     elsewhere = False  # whether it may sit on other layers than `targets`
     alpha = scale = None
 
-    def __init__(self, base: nn.Linear, size: int, alpha: float | None = None, dropout: float = 0.0):
+    def __init__(
+        self, base: nn.Linear, size: int, alpha: float | None = None, dropout: float = 0.0
+    ):
         super().__init__()
         self.base, self.size, self.dropout = base, size, nn.Dropout(dropout)
         width = self.width_in(base)
         device = base.weight.device
         self.adapter_down = nn.Parameter(torch.empty(size, width, device=device).normal_(0, 0.02))
-        self.adapter_up = nn.Parameter(torch.empty(base.out_features, size, device=device).normal_(0, 0.02))
+        self.adapter_up = nn.Parameter(
+            torch.empty(base.out_features, size, device=device).normal_(0, 0.02)
+        )
 
     @staticmethod
     def width_in(base: nn.Linear) -> int:
@@ -69,7 +73,9 @@ class PrefixAttention(nn.Module):
     elsewhere = False
     alpha = scale = None
 
-    def __init__(self, base: Attention, size: int, alpha: float | None = None, dropout: float = 0.0):
+    def __init__(
+        self, base: Attention, size: int, alpha: float | None = None, dropout: float = 0.0
+    ):
         super().__init__()
         self.base, self.size, self.dropout = base, size, nn.Dropout(0.0)
         shape = (base.n_kv_heads, size, base.head_dim)  # (G, P, D)
@@ -81,5 +87,7 @@ class PrefixAttention(nn.Module):
     def prefix_len(self) -> int:
         return self.size
 
-    def forward(self, x: Tensor, rows: Rows, cache: tuple[Tensor, Tensor] | None = None) -> Tensor:  # (N, C) -> (N, C)
+    def forward(
+        self, x: Tensor, rows: Rows, cache: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:  # (N, C) -> (N, C)
         return self.base(x, rows, cache, past=(self.prefix_k, self.prefix_v))

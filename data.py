@@ -50,13 +50,19 @@ class SentencePieceTokenizer:
 
     def __init__(self, model: bytes):
         self.sp = sentencepiece.SentencePieceProcessor(model_proto=model)
-        self.bos, self.eos, self.vocab_size = self.sp.bos_id(), self.sp.eos_id(), self.sp.vocab_size()
+        self.bos, self.eos, self.vocab_size = (
+            self.sp.bos_id(),
+            self.sp.eos_id(),
+            self.sp.vocab_size(),
+        )
 
     def encode(self, text: str, *, bos: bool, eos: bool) -> list[int]:
         return [self.bos] * bos + self.sp.encode(text) + [self.eos] * eos
 
     def decode(self, ids: list[int]) -> str:
-        return self.sp.decode([i for i in ids if i < self.vocab_size])  # a padded vocabulary has ids without a text
+        return self.sp.decode(
+            [i for i in ids if i < self.vocab_size]
+        )  # a padded vocabulary has ids without a text
 
 
 N_SPECIAL = 256  # ids above the ranks: <|begin_of_text|>, <|end_of_text|>, <|reserved_special_token_0|>, ...
@@ -77,17 +83,24 @@ def split_pattern() -> re.Pattern:
             stretches[-1][1] = code
         elif stretches is not None:
             stretches.append([code, code])
-    L, N = ("".join(rf"\U{first:08x}-\U{last:08x}" for first, last in stretches) for stretches in runs.values())
+    L, N = (
+        "".join(rf"\U{first:08x}-\U{last:08x}" for first, last in stretches)
+        for stretches in runs.values()
+    )
     S = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # Unicode's White_Space
-    return re.compile("|".join([
-        "'(?:[sSſ]|[tTmMdD]|[rR][eE]|[vV][eE]|[lL][lL])",  # (?i:'s|'t|...) by Unicode's folding, where ſ is an s
-        rf"[^\r\n{L}{N}]?[{L}]+",
-        rf"[{N}]{{1,3}}",
-        rf" ?[^{S}{L}{N}]+[\r\n]*",
-        rf"[{S}]*[\r\n]+",
-        rf"[{S}]+(?![^{S}])",  # blanks, but for the last one before a word: that one belongs to the word
-        rf"[{S}]+",
-    ]))
+    return re.compile(
+        "|".join(
+            [
+                "'(?:[sSſ]|[tTmMdD]|[rR][eE]|[vV][eE]|[lL][lL])",  # (?i:'s|'t|...) by Unicode's folding, where ſ is an s
+                rf"[^\r\n{L}{N}]?[{L}]+",
+                rf"[{N}]{{1,3}}",
+                rf" ?[^{S}{L}{N}]+[\r\n]*",
+                rf"[{S}]*[\r\n]+",
+                rf"[{S}]+(?![^{S}])",  # blanks, but for the last one before a word: that one belongs to the word
+                rf"[{S}]+",
+            ]
+        )
+    )
 
 
 class Llama3Tokenizer:
@@ -102,13 +115,19 @@ class Llama3Tokenizer:
                 token, written = line.split()
                 token, written = base64.b64decode(token, validate=True), int(written)
             except ValueError:  # too few or too many words, not base64, not a number
-                raise ValueError(f"line {rank + 1}: expected `base64-token rank`, found {line[:40]!r}") from None
+                raise ValueError(
+                    f"line {rank + 1}: expected `base64-token rank`, found {line[:40]!r}"
+                ) from None
             if written != rank or not token or token in self.ranks:
-                raise ValueError(f"line {rank + 1}: expected a new token of rank {rank}, found {token!r}, rank {written}")
+                raise ValueError(
+                    f"line {rank + 1}: expected a new token of rank {rank}, found {token!r}, rank {written}"
+                )
             self.ranks[token] = rank
         if missing := [byte for byte in range(256) if bytes([byte]) not in self.ranks]:
-            raise ValueError(f"no line for the single byte 0x{missing[0]:02x} ({len(missing)} bytes are missing "
-                             f"from {len(self.ranks)} lines)")
+            raise ValueError(
+                f"no line for the single byte 0x{missing[0]:02x} ({len(missing)} bytes are missing "
+                f"from {len(self.ranks)} lines)"
+            )
         self.tokens = list(self.ranks)  # id -> bytes: lines come in the order of their ranks
         self.bos, self.eos = len(self.tokens), len(self.tokens) + 1
         self.vocab_size = len(self.tokens) + N_SPECIAL
@@ -125,7 +144,9 @@ class Llama3Tokenizer:
 
     def decode(self, ids: list[int]) -> str:
         """A character that the ids break off in the middle becomes U+FFFD."""
-        return b"".join(self.tokens[i] for i in ids if i < len(self.tokens)).decode(errors="replace")
+        return b"".join(self.tokens[i] for i in ids if i < len(self.tokens)).decode(
+            errors="replace"
+        )
 
     def _encode_piece(self, piece: str) -> list[int]:
         """Join the two neighbours that make the lowest-ranked token, the leftmost on ties, until none make one."""
@@ -133,7 +154,9 @@ class Llama3Tokenizer:
         if whole in self.ranks:  # merging would miss 588 words of Meta's file, " việc" among them
             return [self.ranks[whole]]
         parts = [whole[i : i + 1] for i in range(len(whole))]
-        joined = [self.ranks.get(a + b, NO_MERGE) for a, b in zip(parts, parts[1:])]  # [i]: of parts[i] + parts[i + 1]
+        joined = [
+            self.ranks.get(a + b, NO_MERGE) for a, b in zip(parts, parts[1:])
+        ]  # [i]: of parts[i] + parts[i + 1]
         while joined and (lowest := min(joined)) != NO_MERGE:
             i = joined.index(lowest)
             parts[i : i + 2] = [self.tokens[lowest]]
@@ -152,15 +175,23 @@ def load_tokenizer(path: str | Path) -> SentencePieceTokenizer | Llama3Tokenizer
     try:
         model = path.read_bytes()
     except OSError as e:
-        raise DataError(f"{path}: {e.strerror}; a checkpoint folder needs its tokenizer.model") from None
+        raise DataError(
+            f"{path}: {e.strerror}; a checkpoint folder needs its tokenizer.model"
+        ) from None
     if not model:  # SentencePiece would take it for a vocabulary of 0 words
         raise DataError(f"{path}: is empty; download it again")
     try:  # Llama-3's file is lines of text, SentencePiece's begins with a byte that no base64 has
-        tokenizer = (Llama3Tokenizer if re.match(rb"[A-Za-z0-9+/=]+ \d+\r?\n", model) else SentencePieceTokenizer)(model)
+        tokenizer = (
+            Llama3Tokenizer
+            if re.match(rb"[A-Za-z0-9+/=]+ \d+\r?\n", model)
+            else SentencePieceTokenizer
+        )(model)
     except ValueError as e:
         raise DataError(f"{path}: {e}") from None
     except RuntimeError:
-        raise DataError(f"{path}: neither a SentencePiece model nor Llama-3's ranks; download it again") from None
+        raise DataError(
+            f"{path}: neither a SentencePiece model nor Llama-3's ranks; download it again"
+        ) from None
     if min(tokenizer.bos, tokenizer.eos) < 0:
         raise DataError(f"{path}: has no begin or no end token")
     return tokenizer
@@ -168,8 +199,10 @@ def load_tokenizer(path: str | Path) -> SentencePieceTokenizer | Llama3Tokenizer
 
 # --- prompt and answer -----------------------------------------------------------------------------
 
-HEAD = ("Below is an instruction that describes a task. "
-        "Write a response that appropriately completes the request.{gap}\n\n{indent}### Instruction:\n{indent}")
+HEAD = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.{gap}\n\n{indent}### Instruction:\n{indent}"
+)
 INDENT = " " * 16
 
 
@@ -190,7 +223,9 @@ def _prompt_parts(example: dict, style: str, training: bool) -> tuple[str, str]:
         context = f"\n\n### Input:\n{example['input']}" if example.get("input") else ""
         return HEAD.format(gap="", indent=""), f"{context}\n\n### Response:\n"
     if example.get("input"):
-        raise DataError('--prompt dora is known only for records with an empty "input"; use --prompt clean')
+        raise DataError(
+            '--prompt dora is known only for records with an empty "input"; use --prompt clean'
+        )
     head = HEAD.format(gap="  " if training else " ", indent=INDENT)
     return head, f"\n{INDENT if training else ''}\n{INDENT}### Response:\n{INDENT}"
 
@@ -221,9 +256,13 @@ def load_examples(path: str | Path, task: str | None = None) -> list[dict]:
     """
     path = Path(path)
     try:
-        examples = json.loads(path.read_bytes().decode().removeprefix("\ufeff"))  # "utf-8-sig" would count bytes from behind the BOM
+        examples = json.loads(
+            path.read_bytes().decode().removeprefix("\ufeff")
+        )  # "utf-8-sig" would count bytes from behind the BOM
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file; ./weights_download.sh data fetches the paper's records") from None
+        raise DataError(
+            f"{path}: no such file; ./weights_download.sh data fetches the paper's records"
+        ) from None
     except OSError as e:
         raise DataError(f"{path}: {e.strerror}") from None
     except UnicodeDecodeError as e:
@@ -274,8 +313,9 @@ class Record(NamedTuple):
     number: int  # in the file, from 1
 
 
-def encode_record(example: dict, tokenizer, max_len: int, loss: str = "all", style: str = "clean",
-                  number: int = 1) -> tuple[Record | None, int]:
+def encode_record(
+    example: dict, tokenizer, max_len: int, loss: str = "all", style: str = "clean", number: int = 1
+) -> tuple[Record | None, int]:
     """(record, tokens cut). Prompt and output are encoded together, as the model will meet them when it answers.
 
     The answer is never cut: a record that is too long loses tokens from the left of its instruction, and is dropped
@@ -287,7 +327,9 @@ def encode_record(example: dict, tokenizer, max_len: int, loss: str = "all", sty
     ids = tokenizer.encode(prompt + example["output"], bos=True, eos=True)
     prompt_ids = tokenizer.encode(prompt, bos=True, eos=False)
     if ids[: len(prompt_ids)] != prompt_ids and style == "clean":
-        raise DataError(f"record {number}: the tokens of the prompt are not a prefix of the tokens of prompt and output")
+        raise DataError(
+            f"record {number}: the tokens of the prompt are not a prefix of the tokens of prompt and output"
+        )
     cut = max(0, len(ids) - max_len)
     split = len(prompt_ids)
     if cut:
@@ -305,8 +347,14 @@ def _shared(a: list[int], b: list[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
-def encode_records(examples: list[dict], tokenizer, max_len: int, loss: str = "all", style: str = "clean",
-                   bar: Callable[[Iterable], Iterable] = iter) -> tuple[list[Record], int, int]:
+def encode_records(
+    examples: list[dict],
+    tokenizer,
+    max_len: int,
+    loss: str = "all",
+    style: str = "clean",
+    bar: Callable[[Iterable], Iterable] = iter,
+) -> tuple[list[Record], int, int]:
     """(records, how many lost tokens, how many were dropped). Raises DataError when none is left."""
     records, cut, dropped = [], 0, 0
     for number, example in enumerate(bar(examples), 1):
@@ -317,14 +365,18 @@ def encode_records(examples: list[dict], tokenizer, max_len: int, loss: str = "a
             records.append(record)
             cut += tokens > 0
     if not records:
-        raise DataError(f"all {dropped} records are longer than --max-len {max_len} even without their instruction")
+        raise DataError(
+            f"all {dropped} records are longer than --max-len {max_len} even without their instruction"
+        )
     return records, cut, dropped
 
 
 def split_validation(records: list, val_size: int) -> tuple[list, list]:
     """(training, validation). The split is the same for every training seed: runs are then comparable."""
     if val_size >= len(records):
-        raise DataError(f"--val-size {val_size} leaves nothing of {len(records)} records to train on")
+        raise DataError(
+            f"--val-size {val_size} leaves nothing of {len(records)} records to train on"
+        )
     held = set(random.Random(42).sample(range(len(records)), val_size))
     return ([r for i, r in enumerate(records) if i not in held], [records[i] for i in sorted(held)])
 
@@ -339,7 +391,7 @@ def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
 class Batch(NamedTuple):
     """Rows laid end to end, without padding. targets[n] is the token to predict after ids[n], or IGNORE."""
 
-    ids: Tensor      # (N,)
+    ids: Tensor  # (N,)
     targets: Tensor  # (N,)
     lengths: list[int]
 

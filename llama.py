@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from checkpoints import CheckpointError, TensorFiles, read_json, write_tensors
+from plumbing.hf_files import CheckpointError, TensorFiles, read_json, write_tensors
 
 try:  # attention over rows of different lengths without padding: CUDA only, torch >= 2.10
     from torch.nn.attention.varlen import varlen_attn
@@ -40,17 +40,19 @@ except ImportError:
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    dim: int = 4096          # C
-    n_layers: int = 32       # L
-    n_heads: int = 32        # H
-    n_kv_heads: int = 32     # G
+    dim: int = 4096  # C
+    n_layers: int = 32  # L
+    n_heads: int = 32  # H
+    n_kv_heads: int = 32  # G
     hidden_dim: int = 11008  # F
     vocab_size: int = 32000  # V
     norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     max_positions: int = 2048
     tie_embeddings: bool = False  # lm_head is embed_tokens
-    bos: int = 1  # as config.json says; the tokenizer knows better (some old conversions have 0 and 1)
+    bos: int = (
+        1  # as config.json says; the tokenizer knows better (some old conversions have 0 and 1)
+    )
     eos: int = 2
 
     @property
@@ -84,7 +86,9 @@ class LlamaConfig:
                 raise bad(f'"{key}" is {value!r}, expected a whole number')
             return kind(value)
 
-        rope = hf.get("rope_parameters") or {}  # transformers 5 gathers what 4 kept in rope_theta and rope_scaling
+        rope = (
+            hf.get("rope_parameters") or {}
+        )  # transformers 5 gathers what 4 kept in rope_theta and rope_scaling
         scaling = hf.get("rope_scaling") or {}
         if not isinstance(rope, dict) or not isinstance(scaling, dict):
             raise bad('"rope_parameters" and "rope_scaling" must be objects')
@@ -97,29 +101,56 @@ class LlamaConfig:
             ("attention_bias", bool(hf.get("attention_bias")), False),
             ("mlp_bias", bool(hf.get("mlp_bias")), False),
             ("quantization_config", hf.get("quantization_config"), None),
-            ("partial_rotary_factor", rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0)), 1.0),
+            (
+                "partial_rotary_factor",
+                rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0)),
+                1.0,
+            ),
             ("head_dim", hf.get("head_dim") or dim // n_heads, dim / n_heads),
         ]:
             if value != supported:
                 raise bad(f'"{key}" is {value!r}; this model computes only {supported!r}')
         n_kv_heads = number("num_key_value_heads", int, n_heads)
         if n_heads % n_kv_heads or (dim // n_heads) % 2:
-            raise bad(f"{n_heads} heads of width {dim // n_heads} in groups of {n_kv_heads}: heads must be a multiple of "
-                      "key/value heads, and their width even")
-        return cls(dim, number("num_hidden_layers", int, most=1000), n_heads, n_kv_heads, number("intermediate_size", int),
-                   number("vocab_size", int), number("rms_norm_eps", float, 1e-6, most=0.1),
-                   number("rope_theta", float, rope.get("rope_theta", 10000.0), most=1e12),
-                   number("max_position_embeddings", int, 2048), bool(hf.get("tie_word_embeddings")),
-                   *(_first_id(hf.get(key), default) for key, default in [("bos_token_id", 1), ("eos_token_id", 2)]))
+            raise bad(
+                f"{n_heads} heads of width {dim // n_heads} in groups of {n_kv_heads}: heads must be a multiple of "
+                "key/value heads, and their width even"
+            )
+        return cls(
+            dim,
+            number("num_hidden_layers", int, most=1000),
+            n_heads,
+            n_kv_heads,
+            number("intermediate_size", int),
+            number("vocab_size", int),
+            number("rms_norm_eps", float, 1e-6, most=0.1),
+            number("rope_theta", float, rope.get("rope_theta", 10000.0), most=1e12),
+            number("max_position_embeddings", int, 2048),
+            bool(hf.get("tie_word_embeddings")),
+            *(
+                _first_id(hf.get(key), default)
+                for key, default in [("bos_token_id", 1), ("eos_token_id", 2)]
+            ),
+        )
 
     def to_json(self, dtype: torch.dtype) -> dict:
         """The same facts as transformers 4 spells them; transformers 5 reads both."""
         return {
-            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
-            "hidden_size": self.dim, "num_hidden_layers": self.n_layers, "num_attention_heads": self.n_heads,
-            "num_key_value_heads": self.n_kv_heads, "intermediate_size": self.hidden_dim, "vocab_size": self.vocab_size,
-            "rms_norm_eps": self.norm_eps, "rope_theta": self.rope_theta, "max_position_embeddings": self.max_positions,
-            "tie_word_embeddings": self.tie_embeddings, "bos_token_id": self.bos, "eos_token_id": self.eos,
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_act": "silu",
+            "hidden_size": self.dim,
+            "num_hidden_layers": self.n_layers,
+            "num_attention_heads": self.n_heads,
+            "num_key_value_heads": self.n_kv_heads,
+            "intermediate_size": self.hidden_dim,
+            "vocab_size": self.vocab_size,
+            "rms_norm_eps": self.norm_eps,
+            "rope_theta": self.rope_theta,
+            "max_position_embeddings": self.max_positions,
+            "tie_word_embeddings": self.tie_embeddings,
+            "bos_token_id": self.bos,
+            "eos_token_id": self.eos,
             "torch_dtype": str(dtype).removeprefix("torch."),
         }
 
@@ -148,7 +179,7 @@ class RMSNorm(nn.Module):
 def rope_tables(positions: Tensor, D: int, theta: float) -> tuple[Tensor, Tensor]:
     """cos and sin of position · frequency: (N,) -> two of (N, 1, D/2). Frequency d falls from 1 towards 1/theta."""
     freqs = 1.0 / theta ** (torch.arange(0, D, 2, device=positions.device).float() / D)  # (D/2,)
-    angles = torch.outer(positions.float(), freqs)[:, None]                              # (N, 1, D/2)
+    angles = torch.outer(positions.float(), freqs)[:, None]  # (N, 1, D/2)
     return angles.cos(), angles.sin()
 
 
@@ -172,20 +203,34 @@ class Rows:
         decoding: True when each row is one new token whose predecessors lie in a cache.
     """
 
-    def __init__(self, lengths: list[int], positions: Tensor, rope: tuple[Tensor, Tensor], start: int = 0, decoding: bool = False):
-        self.lengths, self.positions, self.start, self.decoding = lengths, positions, start, decoding
+    def __init__(
+        self,
+        lengths: list[int],
+        positions: Tensor,
+        rope: tuple[Tensor, Tensor],
+        start: int = 0,
+        decoding: bool = False,
+    ):
+        self.lengths, self.positions, self.start, self.decoding = (
+            lengths,
+            positions,
+            start,
+            decoding,
+        )
         self.cos, self.sin = rope
         self.B, self.T = len(lengths), max(lengths)
         self.even = min(lengths) == self.T
         device = positions.device
         counts = torch.tensor(lengths)
         ends = counts.cumsum(0)
-        self.ends = ends.to(device)                                              # (B,) one past each row's last token
-        self.cu_seq = F.pad(ends, (1, 0)).to(device, torch.int32)                # (B + 1,) what varlen_attn asks for
-        row = torch.arange(self.B).repeat_interleave(counts)                     # (N,)
-        column = torch.arange(len(row)) - (ends - counts)[row]                   # (N,)
+        self.ends = ends.to(device)  # (B,) one past each row's last token
+        self.cu_seq = F.pad(ends, (1, 0)).to(
+            device, torch.int32
+        )  # (B + 1,) what varlen_attn asks for
+        row = torch.arange(self.B).repeat_interleave(counts)  # (N,)
+        column = torch.arange(len(row)) - (ends - counts)[row]  # (N,)
         self.row = row.to(device)
-        self.slot = (row * self.T + column).to(device)                           # (N,) place in the padded (B, T)
+        self.slot = (row * self.T + column).to(device)  # (N,) place in the padded (B, T)
 
     def pad(self, x: Tensor) -> Tensor:  # (N, H, D) -> (B, H, T, D)
         """Rows of equal length for kernels that need them. Zeros on the right: no earlier token can see them."""
@@ -198,7 +243,9 @@ class Rows:
         return x if self.even else x.index_select(0, self.slot)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, rows: Rows, past: tuple[Tensor, Tensor] | None = None) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, rows: Rows, past: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
     """Causal attention inside every row: softmax(q·k / √D) v.
 
     (N, H, D), (N, G, D), (N, G, D) -> (N, H, D). `past`: keys and values, each (G, P, D), that every row sees as if
@@ -206,10 +253,23 @@ def attend(q: Tensor, k: Tensor, v: Tensor, rows: Rows, past: tuple[Tensor, Tens
     CUDA, and where neither is to be had, they are padded for the attention alone.
     """
     if varlen_attn is not None and q.is_cuda and q.dtype != torch.float32 and past is None:
-        return varlen_attn(q, k, v, rows.cu_seq, rows.cu_seq, rows.T, rows.T, **_varlen_flags(q.size(1) != k.size(1)))
+        return varlen_attn(
+            q,
+            k,
+            v,
+            rows.cu_seq,
+            rows.cu_seq,
+            rows.T,
+            rows.T,
+            **_varlen_flags(q.size(1) != k.size(1)),
+        )
     if q.device.type == "cpu" and not rows.even:
-        each = zip(*(x.transpose(0, 1).split(rows.lengths, dim=1) for x in (q, k, v)))  # a row's (H, T, D), (G, T, D), (G, T, D)
-        return torch.cat([attend_evenly(*(x[None] for x in row), past)[0].transpose(0, 1) for row in each])
+        each = zip(
+            *(x.transpose(0, 1).split(rows.lengths, dim=1) for x in (q, k, v))
+        )  # a row's (H, T, D), (G, T, D), (G, T, D)
+        return torch.cat(
+            [attend_evenly(*(x[None] for x in row), past)[0].transpose(0, 1) for row in each]
+        )
     return rows.unpad(attend_evenly(rows.pad(q), rows.pad(k), rows.pad(v), past))
 
 
@@ -217,14 +277,19 @@ def attend_evenly(q: Tensor, k: Tensor, v: Tensor, past: tuple[Tensor, Tensor] |
     """attend() for rows of one length: (B, H, T, D), (B, G, T, D), (B, G, T, D) -> (B, H, T, D)."""
     if past is None:
         return sdpa(q, k, v, None, causal=True)
-    k, v = (torch.cat([p.to(x.dtype).expand(x.size(0), -1, -1, -1), x], dim=2) for p, x in zip(past, (k, v)))
+    k, v = (
+        torch.cat([p.to(x.dtype).expand(x.size(0), -1, -1, -1), x], dim=2)
+        for p, x in zip(past, (k, v))
+    )
     T, S = q.size(2), k.size(2)
     return sdpa(q, k, v, torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T))
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
     """torch's fused attention, (B, H, T, D) x (B, G, S, D) -> (B, H, T, D), with each key head serving H / G queries."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.size(1) != k.size(1))
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.size(1) != k.size(1)
+    )
 
 
 def _varlen_flags(grouped: bool) -> dict:
@@ -240,7 +305,9 @@ class KVCache:
     def __init__(self, model: "Llama", B: int, S: int):
         cfg, weight = model.cfg, model.embed_tokens.weight
         shape = (cfg.n_layers, B, cfg.n_kv_heads, S, cfg.head_dim)
-        self.k, self.v = (torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in range(2))
+        self.k, self.v = (
+            torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in range(2)
+        )
 
     def share_first_row(self, n: int) -> None:
         """Give every row what the first has in its first n places."""
@@ -262,17 +329,28 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(cfg.dim, cfg.n_kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(cfg.n_heads * self.head_dim, cfg.dim, bias=False)
 
-    def forward(self, x: Tensor, rows: Rows, cache: tuple[Tensor, Tensor] | None = None,
-                past: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        rows: Rows,
+        cache: tuple[Tensor, Tensor] | None = None,
+        past: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
         """(N, C) -> (N, C). `cache`: this layer's (B, G, S, D) keys and values, filled here. `past`: as in attend().
 
         Where there is a cache, the past is what it holds before the rows' first places: the same for every row.
         """
         N = x.size(0)
-        dtype = x.dtype if x.is_cuda else torch.float32  # CPU kernels are quicker, and exact, in fp32
-        q = apply_rope(self.q_proj(x).view(N, self.n_heads, -1), rows.cos, rows.sin).to(dtype)     # (N, H, D)
-        k = apply_rope(self.k_proj(x).view(N, self.n_kv_heads, -1), rows.cos, rows.sin).to(dtype)  # (N, G, D)
-        v = self.v_proj(x).view(N, self.n_kv_heads, -1).to(dtype)                                  # (N, G, D)
+        dtype = (
+            x.dtype if x.is_cuda else torch.float32
+        )  # CPU kernels are quicker, and exact, in fp32
+        q = apply_rope(self.q_proj(x).view(N, self.n_heads, -1), rows.cos, rows.sin).to(
+            dtype
+        )  # (N, H, D)
+        k = apply_rope(self.k_proj(x).view(N, self.n_kv_heads, -1), rows.cos, rows.sin).to(
+            dtype
+        )  # (N, G, D)
+        v = self.v_proj(x).view(N, self.n_kv_heads, -1).to(dtype)  # (N, G, D)
         if cache is not None:
             for place, new, old in zip(cache, (k, v), past or (None, None)):
                 place[rows.row, :, rows.positions] = new.to(place.dtype)
@@ -284,11 +362,17 @@ class Attention(nn.Module):
 
     def decode(self, q: Tensor, rows: Rows, keys: Tensor, values: Tensor) -> Tensor:
         """One new token a row, looking at what the cache holds up to the row's own position: (B, H, D) -> (B, H, D)."""
-        visible = (torch.arange(keys.size(2), device=q.device) <= rows.positions[:, None])[:, None, None]  # (B, 1, 1, S)
-        q = q.view(rows.B, self.n_kv_heads, -1, self.head_dim)  # (B, G, H/G, D): the queries that share a key head
+        visible = (torch.arange(keys.size(2), device=q.device) <= rows.positions[:, None])[
+            :, None, None
+        ]  # (B, 1, 1, S)
+        q = q.view(
+            rows.B, self.n_kv_heads, -1, self.head_dim
+        )  # (B, G, H/G, D): the queries that share a key head
         if q.is_cuda:
             return sdpa(q, keys, values, visible).flatten(1, 2)
-        q = (q * self.head_dim**-0.5).to(keys.dtype)  # for so few queries plain products read a CPU's memory faster
+        q = (q * self.head_dim**-0.5).to(
+            keys.dtype
+        )  # for so few queries plain products read a CPU's memory faster
         scores = (q @ keys.transpose(2, 3)).masked_fill(~visible, -torch.inf)  # (B, G, H/G, S)
         return (scores.softmax(-1, torch.float32).to(values.dtype) @ values).flatten(1, 2)
 
@@ -312,7 +396,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.mlp = SwiGLU(cfg)
 
-    def forward(self, x: Tensor, rows: Rows, cache: tuple[Tensor, Tensor] | None = None) -> Tensor:  # (N, C) -> (N, C)
+    def forward(
+        self, x: Tensor, rows: Rows, cache: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:  # (N, C) -> (N, C)
         x = x + self.self_attn(self.input_layernorm(x), rows, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -335,9 +421,16 @@ class Llama(nn.Module):
         device = self.embed_tokens.weight.device
         start = self.layers[0].self_attn.prefix_len + shared
         positions = torch.cat([torch.arange(start, start + n) for n in lengths]).to(device)
-        return Rows(lengths, positions, rope_tables(positions, self.cfg.head_dim, self.cfg.rope_theta), start)
+        return Rows(
+            lengths,
+            positions,
+            rope_tables(positions, self.cfg.head_dim, self.cfg.rope_theta),
+            start,
+        )
 
-    def hidden(self, ids: Tensor, rows: Rows, cache: KVCache | None = None, checkpoint_blocks: int = 0) -> Tensor:
+    def hidden(
+        self, ids: Tensor, rows: Rows, cache: KVCache | None = None, checkpoint_blocks: int = 0
+    ) -> Tensor:
         """(N,) token ids -> (N, C), what lm_head reads.
 
         The first `checkpoint_blocks` blocks keep their input alone and are computed again in the backward pass.
@@ -380,19 +473,25 @@ def generate(model: Llama, prompts: list[list[int]], max_new: int, eos: int) -> 
         model.hidden(torch.tensor(prompts[0][:shared], device=device), model.rows([shared]), cache)
         cache.share_first_row(P + shared)
     rows = model.rows([n - shared for n in lengths], shared)
-    hidden = model.hidden(torch.tensor([i for p in prompts for i in p[shared:]], device=device), rows, cache)
-    hidden = hidden[rows.ends - 1]                                           # (B, C) only the last token speaks
-    positions = P + torch.tensor(lengths, device=device)                     # (B,) where the next token goes
-    out = torch.full((len(prompts), max_new), eos, device=device)            # (B, max_new)
+    hidden = model.hidden(
+        torch.tensor([i for p in prompts for i in p[shared:]], device=device), rows, cache
+    )
+    hidden = hidden[rows.ends - 1]  # (B, C) only the last token speaks
+    positions = P + torch.tensor(lengths, device=device)  # (B,) where the next token goes
+    out = torch.full((len(prompts), max_new), eos, device=device)  # (B, max_new)
     done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     for step in range(max_new):
-        token = model.lm_head(hidden).float().argmax(-1).masked_fill(done, eos)  # (B,); argmax over bf16 is slow on a CPU
+        token = (
+            model.lm_head(hidden).float().argmax(-1).masked_fill(done, eos)
+        )  # (B,); argmax over bf16 is slow on a CPU
         out[:, step] = token
         done |= token == eos
         if step + 1 == max_new or done.all():
             break
         rope = rope_tables(positions, model.cfg.head_dim, model.cfg.rope_theta)
-        hidden = model.hidden(token, Rows([1] * len(prompts), positions, rope, decoding=True), cache)
+        hidden = model.hidden(
+            token, Rows([1] * len(prompts), positions, rope, decoding=True), cache
+        )
         positions = positions + 1
     return [row[: row.index(eos)] if eos in row else row for row in out.tolist()]
 
@@ -413,7 +512,11 @@ def open_llama(folder: str | Path) -> tuple[Llama, TensorFiles, dict[str, tuple[
     return model, files, want
 
 
-def load_llama(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = torch.bfloat16) -> Llama:
+def load_llama(
+    folder: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = torch.bfloat16,
+) -> Llama:
     """A model from a Hugging Face folder: config.json and *.safetensors or pytorch_model*.bin.
 
     Built on the meta device and filled one tensor at a time, so that host memory holds about one tensor. dtype None
@@ -436,7 +539,9 @@ def save_llama(model: Llama, folder: str | Path) -> None:
     with torch.device("meta"):
         plain = Llama(model.cfg).state_dict()
     if state.keys() != plain.keys():
-        raise ValueError("save_llama writes plain models: merge(model) first, or save_adapter(model, folder)")
+        raise ValueError(
+            "save_llama writes plain models: merge(model) first, or save_adapter(model, folder)"
+        )
     if model.cfg.tie_embeddings:
         del state["lm_head.weight"]
     folder = Path(folder)

@@ -14,19 +14,25 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-import memory
+from plumbing import memory
 import rora
 from data import Batch
 from llama import Llama, LlamaConfig
 from turns import table
 from worker import SHAPES, linear_weights
 
-MODELS = {"sheared-llama-1.3b": LlamaConfig(2048, 24, 16, 16, 5504), **{name: SHAPES[name] for name in ("llama-7b", "llama3-8b", "llama-13b")}}
-TOKENS = 3200                                    # in the largest micro-batch of 16 records: an estimate, like the next line's 137
-RECORDS, MEAN, EPOCHS = 170_300, 137, 3          # of the run: records, tokens in one, epochs
-CARDS, RESERVED = (24, 48, 80), 0.92             # GB as sold (GiB), and the share of it that rora.py plans with
-CONTEXT = 0.6e9                                  # CUDA's own, before the first tensor
-RATE, CARD = 110e12, "A6000"                     # FLOP/s: about what bf16 products alone reach there, of 155 on paper
+MODELS = {
+    "sheared-llama-1.3b": LlamaConfig(2048, 24, 16, 16, 5504),
+    **{name: SHAPES[name] for name in ("llama-7b", "llama3-8b", "llama-13b")},
+}
+TOKENS = 3200  # in the largest micro-batch of 16 records: an estimate, like the next line's 137
+RECORDS, MEAN, EPOCHS = 170_300, 137, 3  # of the run: records, tokens in one, epochs
+CARDS, RESERVED = (
+    (24, 48, 80),
+    0.92,
+)  # GB as sold (GiB), and the share of it that rora.py plans with
+CONTEXT = 0.6e9  # CUDA's own, before the first tensor
+RATE, CARD = 110e12, "A6000"  # FLOP/s: about what bf16 products alone reach there, of 155 on paper
 
 
 def plan(cfg: LlamaConfig, method: str, rank: int, dropout: float) -> memory.MemoryPlan:
@@ -38,21 +44,39 @@ def plan(cfg: LlamaConfig, method: str, rank: int, dropout: float) -> memory.Mem
     model.train()
     ids = torch.zeros(TOKENS, dtype=torch.long)
     lengths = [TOKENS // 16] * 16
-    dropped = lambda x, p, training=True, inplace=False: torch.native_dropout(x, p, training)[0]  # what F.dropout calls on CUDA
-    with (mock.patch.object(torch.Tensor, "is_cuda", property(lambda t: True)), mock.patch("torch.nn.functional.dropout", dropped),
-          mock.patch.object(torch.Tensor, "tolist", lambda t: [False] * len(t)), rora.held_adapters(model) as refresh):
+    dropped = lambda x, p, training=True, inplace=False: torch.native_dropout(x, p, training)[
+        0
+    ]  # what F.dropout calls on CUDA
+    with (
+        mock.patch.object(torch.Tensor, "is_cuda", property(lambda t: True)),
+        mock.patch("torch.nn.functional.dropout", dropped),
+        mock.patch.object(torch.Tensor, "tolist", lambda t: [False] * len(t)),
+        rora.held_adapters(model) as refresh,
+    ):
         refresh()
         p = memory.plan(model, Batch(ids, ids, lengths), 1 << 28)
     per_block = sum(x.nbytes for x in model.layers[0].parameters() if not x.requires_grad)
     trained = sum(x.numel() for x in model.layers[0].parameters() if x.requires_grad)
     L = cfg.n_layers
-    return memory.MemoryPlan(TOKENS, p.weights + (L - 2) * per_block, p.adapters + (L - 2) * trained * 18, p.block, p.block_input, p.logits, L)
+    return memory.MemoryPlan(
+        TOKENS,
+        p.weights + (L - 2) * per_block,
+        p.adapters + (L - 2) * trained * 18,
+        p.block,
+        p.block_input,
+        p.logits,
+        L,
+    )
 
 
 def hours(cfg: LlamaConfig, p: memory.MemoryPlan, recomputed: int) -> float:
     """4 FLOPs a frozen weight and token (6 an adapter's), and 2 more where a block is recomputed."""
     adapters = p.adapters / 18
-    flops = 4 * linear_weights(cfg) + 6 * adapters + 2 * (linear_weights(cfg) - cfg.vocab_size * cfg.dim + adapters) * recomputed / p.blocks
+    flops = (
+        4 * linear_weights(cfg)
+        + 6 * adapters
+        + 2 * (linear_weights(cfg) - cfg.vocab_size * cfg.dim + adapters) * recomputed / p.blocks
+    )
     return EPOCHS * RECORDS * MEAN * flops / RATE / 3600
 
 
@@ -60,22 +84,53 @@ def row(name: str, rank: int, dropout: float) -> list[str]:
     """LoRA's and RoRA's figure, and DoRA's after it where it is another."""
     plans = [plan(MODELS[name], method, rank, dropout) for method in ("rora", "dora")]
     both = lambda figures: figures[0] if figures[0] == figures[1] else ", ".join(figures)
-    cells = [name, str(rank), both([f"{p.total(0) / 1e9:.0f}" for p in plans]), both([f"{p.total(p.blocks) / 1e9:.0f}" for p in plans])]
+    cells = [
+        name,
+        str(rank),
+        both([f"{p.total(0) / 1e9:.0f}" for p in plans]),
+        both([f"{p.total(p.blocks) / 1e9:.0f}" for p in plans]),
+    ]
     for card in CARDS:
         room = int(RESERVED * (card * 2**30 - CONTEXT))
         fewest = [p.fewest_recomputed(room) for p in plans]
-        cells.append(both(["no" if p.total(k) > room else f"{k} of {p.blocks}" if k else "none" for p, k in zip(plans, fewest)]))
+        cells.append(
+            both(
+                [
+                    "no" if p.total(k) > room else f"{k} of {p.blocks}" if k else "none"
+                    for p, k in zip(plans, fewest)
+                ]
+            )
+        )
         if card == 48:
-            time = both([f"{hours(MODELS[name], p, k):.1f}" if p.total(k) <= room else "–" for p, k in zip(plans, fewest)])
+            time = both(
+                [
+                    f"{hours(MODELS[name], p, k):.1f}" if p.total(k) <= room else "–"
+                    for p, k in zip(plans, fewest)
+                ]
+            )
     return [*cells, time]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--dropout", type=float, default=0.05)
     args = parser.parse_args()
     rows = [row(name, rank, args.dropout) for name in MODELS for rank in (32, 128)]
-    print(table(["model", "r", "GB, no block recomputed", "GB, all", *(f"{c} GB" for c in CARDS), f"hours, {CARD}"], rows))
+    print(
+        table(
+            [
+                "model",
+                "r",
+                "GB, no block recomputed",
+                "GB, all",
+                *(f"{c} GB" for c in CARDS),
+                f"hours, {CARD}",
+            ],
+            rows,
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -23,8 +23,13 @@ class Worker:
 
     def __init__(self, **spec):
         self.spec, self.complaints = spec, tempfile.TemporaryFile("w+")
-        self.process = subprocess.Popen([sys.executable, HERE / "worker.py", json.dumps(spec)], stdin=subprocess.PIPE,
-                                        stdout=subprocess.PIPE, stderr=self.complaints, text=True)
+        self.process = subprocess.Popen(
+            [sys.executable, HERE / "worker.py", json.dumps(spec)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.complaints,
+            text=True,
+        )
 
     def read(self) -> dict:
         line = self.process.stdout.readline()
@@ -45,9 +50,18 @@ def take_turns(specs: dict[str, dict], turns: list[dict], warmup: int = 1) -> di
     """{name: {"spec", "ready", "turns": [...]}}. Round by round every worker does the same turn, so that what disturbs
     the machine disturbs all of them."""
     print("  " + ", ".join(specs), end="", file=sys.stderr, flush=True)
-    workers = {name: Worker(**spec) for name, spec in specs.items()}  # they build side by side, before any clock runs
+    workers = {
+        name: Worker(**spec) for name, spec in specs.items()
+    }  # they build side by side, before any clock runs
     try:
-        results = {name: {"spec": {k: v for k, v in w.spec.items() if k != "folder"}, "ready": w.read(), "turns": []} for name, w in workers.items()}
+        results = {
+            name: {
+                "spec": {k: v for k, v in w.spec.items() if k != "folder"},
+                "ready": w.read(),
+                "turns": [],
+            }
+            for name, w in workers.items()
+        }
         for i, turn in enumerate(turns):
             print(".", end="", file=sys.stderr, flush=True)
             for name, w in workers.items():
@@ -96,15 +110,29 @@ def table(head: list[str], rows: list[list]) -> str:
 
 def machine() -> dict:
     """What a reader must know before he compares."""
+
     def installed(name: str) -> str:
         try:
             return version(name)
         except PackageNotFoundError:
             return "–"
+
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    cpu = next((line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")), platform.processor())
+    cpu = next(
+        (line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")),
+        platform.processor(),
+    )
     flags = next((line for line in info.splitlines() if line.startswith("flags")), "").split()
-    commit = subprocess.run(["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    return {"date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), "cpu": cpu, "cores": os.cpu_count(),
-            "bf16": "avx512_bf16" in flags or "amx_bf16" in flags, "load": round(os.getloadavg()[0], 2), "commit": commit,
-            "python": platform.python_version(), **{p: installed(p) for p in ("torch", "transformers", "peft")}}
+    commit = subprocess.run(
+        ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
+    return {
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "bf16": "avx512_bf16" in flags or "amx_bf16" in flags,
+        "load": round(os.getloadavg()[0], 2),
+        "commit": commit,
+        "python": platform.python_version(),
+        **{p: installed(p) for p in ("torch", "transformers", "peft")},
+    }

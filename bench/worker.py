@@ -22,9 +22,20 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import memory
+import fast
 import rora
-from data import TASKS, Record, collate, encode_records, epoch_order, find_test_file, format_prompt, load_examples, load_tokenizer
+from data import (
+    TASKS,
+    Record,
+    collate,
+    encode_records,
+    epoch_order,
+    find_test_file,
+    format_prompt,
+    load_examples,
+    load_tokenizer,
+)
+from plumbing import jobs, memory
 from llama import Llama, LlamaConfig, generate, load_llama, save_llama
 
 SHAPES = {
@@ -49,22 +60,31 @@ def config(spec: dict) -> LlamaConfig:
 def linear_weights(cfg: LlamaConfig) -> int:
     """N of the 4N FLOPs a token: all matrices that multiply, the head among them, the embedding not."""
     kv = cfg.n_kv_heads * cfg.head_dim
-    return cfg.n_layers * cfg.dim * (2 * cfg.dim + 2 * kv + 3 * cfg.hidden_dim) + cfg.vocab_size * cfg.dim
+    return (
+        cfg.n_layers * cfg.dim * (2 * cfg.dim + 2 * kv + 3 * cfg.hidden_dim)
+        + cfg.vocab_size * cfg.dim
+    )
 
 
 def real_data(cfg: LlamaConfig):
     """(folder, tokenizer)"""
     folder = Path(os.environ.get("RORA_DATA", ROOT.parent / "shared" / "data"))
     if not (folder / "train" / "commonsense_mini.json").is_file():
-        sys.exit(f"bench: no train/commonsense_mini.json in {folder}: RORA_DATA must name the folder with the records and tokenizers")
-    return folder, load_tokenizer(folder / ("llama3" if cfg.vocab_size > 32000 else "") / "tokenizer.model")
+        sys.exit(
+            f"bench: no train/commonsense_mini.json in {folder}: RORA_DATA must name the folder with the records and tokenizers"
+        )
+    return folder, load_tokenizer(
+        folder / ("llama3" if cfg.vocab_size > 32000 else "") / "tokenizer.model"
+    )
 
 
 def training_batches(cfg: LlamaConfig, n: int = 800) -> Callable[[dict], list[Record]]:
     """batch(turn): that round's records. Grouped: neighbours in length, as transformers' group_by_length makes them."""
     folder, tokenizer = real_data(cfg)
     examples = load_examples(folder / "train" / "commonsense_mini.json")
-    shuffled = encode_records([examples[i] for i in epoch_order(len(examples), 0, 0)[:n]], tokenizer, 256)[0]
+    shuffled = encode_records(
+        [examples[i] for i in epoch_order(len(examples), 0, 0)[:n]], tokenizer, 256
+    )[0]
     by_length = sorted(shuffled, key=lambda r: -len(r.ids))
 
     def batch(turn: dict) -> list[Record]:
@@ -81,8 +101,14 @@ def test_prompts(cfg: LlamaConfig, n: int) -> list[list[int]]:
     """n real questions, as many of every task there is, longest first."""
     folder, tokenizer = real_data(cfg)
     files = [(task, path) for task in TASKS if (path := find_test_file(folder / "eval", task))]
-    examples = [e for task, path in files for e in load_examples(path, task)[: -(-n // len(files))]][:n]
-    return sorted((tokenizer.encode(format_prompt(e), bos=True, eos=False) for e in examples), key=len, reverse=True)
+    examples = [
+        e for task, path in files for e in load_examples(path, task)[: -(-n // len(files))]
+    ][:n]
+    return sorted(
+        (tokenizer.encode(format_prompt(e), bos=True, eos=False) for e in examples),
+        key=len,
+        reverse=True,
+    )
 
 
 # --- ours ------------------------------------------------------------------------------------------
@@ -107,18 +133,18 @@ def our_training(spec: dict, device: torch.device) -> Job:
         for layer in model.layers:
             layer.compile(dynamic=True)
     optimizer = rora.new_optimizer(model, LR)
-    held = rora.held_adapters(model)
-    refresh = held.__enter__()  # for as long as the process lives
     recomputed = {"none": 0, "all": len(model.layers)}
-    if spec.get("recompute") == "auto":  # as rora.py does, with room for larger batches than the first
-        refresh()
-        plan = memory.plan(model, collate(batch({"round": 0})), rora.logit_bytes(device))
+    if (
+        spec.get("recompute") == "auto"
+    ):  # as rora.py does, with room for larger batches than the first
+        plan = memory.plan(model, collate(batch({"round": 0})), fast.logit_bytes(device))
         recomputed["auto"] = plan.fewest_recomputed(int(0.8 * memory.available(device)))
 
-    def step(turn: dict, held=held) -> dict:
+    def step(turn: dict) -> dict:
         records = batch(turn)
-        refresh()
-        rora.train_step(model, records, optimizer, LR, len(records), recomputed[spec.get("recompute", "none")])
+        rora.train_step(
+            model, records, optimizer, LR, len(records), recomputed[spec.get("recompute", "none")]
+        )
         optimizer.zero_grad()
         return {"tokens": sum(len(r.ids) for r in records)}
 
@@ -126,12 +152,20 @@ def our_training(spec: dict, device: torch.device) -> Job:
 
 
 def our_answers(spec: dict, device: torch.device) -> Job:
-    model = (load_llama(spec["folder"], device) if "folder" in spec else our_model(spec, device)).eval()
-    prompts, n, new = test_prompts(model.cfg, spec["questions"]), spec["batch"], spec.get("new", NEW_TOKENS)
+    model = (
+        load_llama(spec["folder"], device) if "folder" in spec else our_model(spec, device)
+    ).eval()
+    prompts, n, new = (
+        test_prompts(model.cfg, spec["questions"]),
+        spec["batch"],
+        spec.get("new", NEW_TOKENS),
+    )
 
     def answer(turn: dict) -> dict:
         for i in range(0, len(prompts), n):
-            answers = generate(model, prompts[i : i + n], new, eos=-1)  # no token is -1: every row runs to the end
+            answers = generate(
+                model, prompts[i : i + n], new, eos=-1
+            )  # no token is -1: every row runs to the end
             assert all(len(a) == new for a in answers)
         return {"questions": len(prompts)}
 
@@ -144,7 +178,9 @@ def our_answers(spec: dict, device: torch.device) -> Job:
 def padded(rows: list, side: str, fill: int, device: torch.device) -> torch.Tensor:  # -> (B, T)
     T = max(map(len, rows))
     fills = [[fill] * (T - len(r)) for r in rows]
-    return torch.tensor([[*f, *r] if side == "left" else [*r, *f] for f, r in zip(fills, rows)], device=device)
+    return torch.tensor(
+        [[*f, *r] if side == "left" else [*r, *f] for f, r in zip(fills, rows)], device=device
+    )
 
 
 def mask(rows: list, side: str, device: torch.device) -> torch.Tensor:  # -> (B, T)
@@ -158,7 +194,9 @@ def their_model(spec: dict, device: torch.device):
     if "folder" in spec:
         return AutoModelForCausalLM.from_pretrained(spec["folder"], **options).to(device)
     with torch.device(device):
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config(spec).to_json(torch.bfloat16)), **options)
+        return AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(**config(spec).to_json(torch.bfloat16)), **options
+        )
 
 
 def their_training(spec: dict, device: torch.device) -> Job:
@@ -167,9 +205,18 @@ def their_training(spec: dict, device: torch.device) -> Job:
     batch, model = training_batches(config(spec)), their_model(spec, device)
     if spec.get("recompute"):
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    model = get_peft_model(model, LoraConfig(
-        r=spec["rank"], lora_alpha=ALPHA, lora_dropout=spec["dropout"], target_modules=list(rora.LoRALinear.targets),
-        task_type="CAUSAL_LM", use_rslora=spec["method"] == "rora", use_dora=spec["method"] == "dora")).train()
+    model = get_peft_model(
+        model,
+        LoraConfig(
+            r=spec["rank"],
+            lora_alpha=ALPHA,
+            lora_dropout=spec["dropout"],
+            target_modules=list(rora.LoRALinear.targets),
+            task_type="CAUSAL_LM",
+            use_rslora=spec["method"] == "rora",
+            use_dora=spec["method"] == "dora",
+        ),
+    ).train()
     params = [p for p in model.parameters() if p.requires_grad]
     assert {p.dtype for p in params} == {torch.float32}
     optimizer = torch.optim.AdamW(params, lr=LR, weight_decay=0.0, fused=True)
@@ -178,7 +225,12 @@ def their_training(spec: dict, device: torch.device) -> Job:
         rows = [r.ids for r in batch(turn)]
         ids, labels = (padded(rows, "right", fill, device) for fill in (0, -100))
         with torch.autocast(device.type, torch.bfloat16, enabled=bool(spec.get("autocast"))):
-            loss = model(input_ids=ids, attention_mask=mask(rows, "right", device), labels=labels, use_cache=False).loss
+            loss = model(
+                input_ids=ids,
+                attention_mask=mask(rows, "right", device),
+                labels=labels,
+                use_cache=False,
+            ).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
@@ -190,8 +242,15 @@ def their_training(spec: dict, device: torch.device) -> Job:
 
 
 def their_answers(spec: dict, device: torch.device) -> Job:
-    model, prompts, n = their_model(spec, device).eval(), test_prompts(config(spec), spec["questions"]), spec["batch"]
-    model.generation_config.eos_token_id, new = None, spec.get("new", NEW_TOKENS)  # every row runs to the end
+    model, prompts, n = (
+        their_model(spec, device).eval(),
+        test_prompts(config(spec), spec["questions"]),
+        spec["batch"],
+    )
+    model.generation_config.eos_token_id, new = (
+        None,
+        spec.get("new", NEW_TOKENS),
+    )  # every row runs to the end
     options = {"do_sample": False, "max_new_tokens": new, "pad_token_id": 0}
     options |= {"cache_implementation": "static"} if spec.get("static") else {}
 
@@ -211,7 +270,10 @@ def their_answers(spec: dict, device: torch.device) -> Job:
 def loading(spec: dict, device: torch.device) -> Job:
     if spec["job"] == "peft load":
         import transformers  # noqa: F401  the import is not the load
-    load = {"ours load": lambda: load_llama(spec["folder"], device), "peft load": lambda: their_model(spec, device)}[spec["job"]]
+    load = {
+        "ours load": lambda: load_llama(spec["folder"], device),
+        "peft load": lambda: their_model(spec, device),
+    }[spec["job"]]
 
     def once(turn: dict) -> dict:
         sizes = [p.nbytes / 1e6 for p in load().parameters()]
@@ -222,6 +284,7 @@ def loading(spec: dict, device: torch.device) -> Job:
 
 def writing(spec: dict, device: torch.device) -> Job:
     """A folder for both sides: a random base, with a trained-looking adapter merged in where a rank is given."""
+
     def once(turn: dict) -> dict:
         model = our_model(spec, device)
         if "rank" in spec:
@@ -241,8 +304,16 @@ def product(spec: dict, device: torch.device) -> Job:
     return lambda turn: {"flops": sum(2 * spec["n"] * (a @ b).numel() for _ in range(10))}
 
 
-JOBS = {"ours train": our_training, "peft train": their_training, "ours answer": our_answers, "peft answer": their_answers,
-        "ours load": loading, "peft load": loading, "write": writing, "product": product}
+JOBS = {
+    "ours train": our_training,
+    "peft train": their_training,
+    "ours answer": our_answers,
+    "peft answer": their_answers,
+    "ours load": loading,
+    "peft load": loading,
+    "write": writing,
+    "product": product,
+}
 
 
 def main() -> None:
@@ -251,18 +322,25 @@ def main() -> None:
     device = torch.device(spec.get("device", "cpu"))
     cuda = device.type == "cuda"
     name = torch.cuda.get_device_name() if cuda else "cpu"
-    host = lambda: rora.peak_memory(torch.device("cpu")) / 1e6
+    host = lambda: jobs.peak_memory(torch.device("cpu")) / 1e6
     peak = lambda: torch.cuda.max_memory_allocated() / 1e6 if cuda else host()
     wait = torch.cuda.synchronize if cuda else lambda: None
     clock = time.process_time if spec.get("clock") == "cpu" else time.perf_counter
     say = lambda **facts: print(json.dumps(facts), file=answers, flush=True)
     if "peft" in spec["job"]:
         from transformers.utils import logging
+
         logging.set_verbosity_error()
         logging.disable_progress_bar()
     torch.manual_seed(0)
     job = JOBS[spec["job"]](spec, device)
-    say(threads=torch.get_num_threads(), device=name, built_mb=peak(), host_mb=host(), linear_weights=linear_weights(config({"shape": "small", **spec})))
+    say(
+        threads=torch.get_num_threads(),
+        device=name,
+        built_mb=peak(),
+        host_mb=host(),
+        linear_weights=linear_weights(config({"shape": "small", **spec})),
+    )
     for line in sys.stdin:
         wait()
         began = clock()

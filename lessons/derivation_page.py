@@ -15,9 +15,11 @@ from pathlib import Path
 from plot import finish, pyplot, save
 from rows import HERE
 
-LOOK = {"α/r": {"color": "black", "marker": "o", "linestyle": "-"},
-        "α/√r": {"color": "#c03a1b", "marker": "^", "linestyle": "-."},
-        "α/r^¼": {"color": "#3b7dbd", "marker": "s", "linestyle": "--", "markerfacecolor": "white"}}
+LOOK = {
+    "α/r": {"color": "black", "marker": "o", "linestyle": "-"},
+    "α/√r": {"color": "#c03a1b", "marker": "^", "linestyle": "-."},
+    "α/r^¼": {"color": "#3b7dbd", "marker": "s", "linestyle": "--", "markerfacecolor": "white"},
+}
 POWER = {"α/r": 1.0, "α/√r": 0.5, "α/r^¼": 0.25}  # γ = α / r to this power
 
 
@@ -47,11 +49,26 @@ class Results:
         self.low, self.high = self.ranks[0], self.ranks[-1]
 
     def cell(self, where: str, optimizer: str, rule: str, rank: int) -> dict:
-        return next(c for c in self.all[where] if (c["optimizer"], c["rule"], c["rank"]) == (optimizer, rule, rank))
+        return next(
+            c
+            for c in self.all[where]
+            if (c["optimizer"], c["rule"], c["rank"]) == (optimizer, rule, rank)
+        )
 
-    def growth(self, where: str, optimizer: str, rule: str, key: str, start: int | None = None, to: int | None = None) -> float:
+    def growth(
+        self,
+        where: str,
+        optimizer: str,
+        rule: str,
+        key: str,
+        start: int | None = None,
+        to: int | None = None,
+    ) -> float:
         """From one rank to another; if not told otherwise, from the lowest to the highest."""
-        return self.cell(where, optimizer, rule, to or self.high)[key] / self.cell(where, optimizer, rule, start or self.low)[key]
+        return (
+            self.cell(where, optimizer, rule, to or self.high)[key]
+            / self.cell(where, optimizer, rule, start or self.low)[key]
+        )
 
     def spread(self, rank: int) -> dict:
         return next(s for s in self.all["spreads"] if s["rank"] == rank)
@@ -145,50 +162,108 @@ def facts(r: Results) -> dict[str, str]:
     some = [r.spread(rank) for rank in sorted({*r.ranks} & {16, 64, 256}) or r.ranks]
     first, middle, last = r.spread(low), r.spread(mid), r.spread(high)
     at_some = lambda value: listed(f"{value(s)} at r = {s['rank']}" for s in some)
-    off = lambda key, formula, error: max(abs(s[key] - (s[formula] if formula else 0)) / s[error] for s in every)
+    off = lambda key, formula, error: max(
+        abs(s[key] - (s[formula] if formula else 0)) / s[error] for s in every
+    )
     grown = lambda key: math.sqrt(middle[key] / first[key])
     norm = lambda rule: times(grown("var") * (low / mid) ** (2 * POWER[rule]))
     ratio = lambda s: show(s["coherent"]["mean"] / math.sqrt(s["coherent"]["var"]))
     sgd = [c for c in a["layer"] if c["optimizer"] == "SGD" and c["rule"] == "α/√r"]
     kinds = {kind: k["kappa2"] for kind, k in a["alignment"].items()}
     growth = lambda *what, **ranks: times(r.growth(*what, **ranks))
-    ends = lambda optimizer, rule: listed(f"{show(r.cell('many', optimizer, rule, c['rank'])['after'])} at r = {c['rank']}" for c in a["faster_B"])
+    ends = lambda optimizer, rule: listed(
+        f"{show(r.cell('many', optimizer, rule, c['rank'])['after'])} at r = {c['rank']}"
+        for c in a["faster_B"]
+    )
     return {
-        "alpha": show(a["alpha"]), "grad_A": show(hand["grad_A"]), "hand_rank": hand["rank"], "eq3": show(hand["eq3"]), "eq4": show(hand["eq4"]),
-        "p": p, "draws": f"{size['draws']:,}", "n_ranks": len(r.ranks), "mean_off": show(off("mean", None, "mean_se")),
+        "alpha": show(a["alpha"]),
+        "grad_A": show(hand["grad_A"]),
+        "hand_rank": hand["rank"],
+        "eq3": show(hand["eq3"]),
+        "eq4": show(hand["eq4"]),
+        "p": p,
+        "draws": f"{size['draws']:,}",
+        "n_ranks": len(r.ranks),
+        "mean_off": show(off("mean", None, "mean_se")),
         "var": at_some(lambda s: f"{show(s['var'])} ± {show(s['var_se'])}"),
         "agrees": "agrees with" if off("var", "exact", "var_se") < 4 else "differs from",
-        "exact": listed(show(s["exact"]) for s in some), "exact_off": show(off("var", "exact", "var_se")),
-        "eq9": listed(show(s["eq9"]) for s in some), "eq9_off": show(off("var", "eq9", "var_se")), "eq8": listed(show(s["eq8"]) for s in some),
-        "low": low, "mid": mid, "high": high, "mid_low": show(mid / low), "root_grown": times(grown("var")),
-        "w_linear": norm("α/r"), "w_sqrt": norm("α/√r"), "w_quarter": norm("α/r^¼"), "coherent_exact": show(mid * p / 2),
-        "coherent": f"{show(middle['coherent']['mean'])} ± {show(middle['coherent']['mean_se'])}", "ratio_low": ratio(first), "ratio_high": ratio(last),
+        "exact": listed(show(s["exact"]) for s in some),
+        "exact_off": show(off("var", "exact", "var_se")),
+        "eq9": listed(show(s["eq9"]) for s in some),
+        "eq9_off": show(off("var", "eq9", "var_se")),
+        "eq8": listed(show(s["eq8"]) for s in some),
+        "low": low,
+        "mid": mid,
+        "high": high,
+        "mid_low": show(mid / low),
+        "root_grown": times(grown("var")),
+        "w_linear": norm("α/r"),
+        "w_sqrt": norm("α/√r"),
+        "w_quarter": norm("α/r^¼"),
+        "coherent_exact": show(mid * p / 2),
+        "coherent": f"{show(middle['coherent']['mean'])} ± {show(middle['coherent']['mean_se'])}",
+        "ratio_low": ratio(first),
+        "ratio_high": ratio(last),
         "formula_off": f"{100 * max(abs(c[key] / c[f'{key}_formula'] - 1) for c in sgd for key in ('seen', 'fresh')):.0f}%",
-        "k_fresh": show(sgd[0]["kappa2_fresh"]), "k_random": show(1 / size["width"]), "r_fresh": f"{1 / sgd[0]['kappa2_fresh']:.0f}",
-        "k_seen": show(sgd[0]["kappa2_seen"]), "r_seen": f"{1 / sgd[0]['kappa2_seen']:.0f}",
-        "k_tiny": listed(f"{show(k)} ({kind})" for kind, k in kinds.items()), "r_tiny_first": f"{1 / max(kinds.values()):.0f}",
+        "k_fresh": show(sgd[0]["kappa2_fresh"]),
+        "k_random": show(1 / size["width"]),
+        "r_fresh": f"{1 / sgd[0]['kappa2_fresh']:.0f}",
+        "k_seen": show(sgd[0]["kappa2_seen"]),
+        "r_seen": f"{1 / sgd[0]['kappa2_seen']:.0f}",
+        "k_tiny": listed(f"{show(k)} ({kind})" for kind, k in kinds.items()),
+        "r_tiny_first": f"{1 / max(kinds.values()):.0f}",
         "r_tiny_last": f"{1 / min(kinds.values()):.0f}",
-        "tiny_w_first": growth("tiny", "SGD", "α/√r", "fresh", to=mid), "tiny_w_last": growth("tiny", "SGD", "α/√r", "fresh", start=mid),
-        "tiny_w_linear_first": growth("tiny", "SGD", "α/r", "fresh", to=mid), "tiny_w_linear_last": growth("tiny", "SGD", "α/r", "fresh", start=mid),
-        "fall_sqrt": growth("layer", "SGD", "α/√r", "fall"), "fall_linear": growth("layer", "SGD", "α/r", "fall"),
-        "fall_linear_expected": times(low / high), "tiny_sqrt": growth("tiny", "SGD", "α/√r", "fall"), "tiny_linear": growth("tiny", "SGD", "α/r", "fall"),
-        "init": show(a["init"]), "real_exact": at_some(lambda s: show(s["real_exact"])),
-        "real": listed(f"{show(s['real']['var'])} ± {show(s['real']['var_se'])}" for s in some), "real_grown": times(grown("real_exact")),
-        "exact_grown": times(grown("exact")), "real_divides": show(math.sqrt(middle["exact"] / middle["real_exact"])),
-        "steps": size["steps"], "width": size["width"], "seeds": f"{size['seeds']} seed{'s' * (size['seeds'] > 1)}", "checkpoint": a["checkpoint"][:8],
-        "records": size["records"], "held_out": size["batch"] * 4, "table": table(r), "batch": size["batch"], "lr_adamw": show(a["many_lr"]["AdamW"]),
-        "lr_sgd": show(a["many_lr"]["SGD"]), "before": show(a["before"]), "grad_linear": growth("layer", "AdamW", "α/r", "gradient"),
-        "grad_sqrt": growth("layer", "AdamW", "α/√r", "gradient"), "adamw_linear": growth("layer", "AdamW", "α/r", "fall"),
-        "adamw_sqrt": growth("layer", "AdamW", "α/√r", "fall"), "tiny_adamw_linear": growth("tiny", "AdamW", "α/r", "fall"),
-        "tiny_adamw_sqrt": growth("tiny", "AdamW", "α/√r", "fall"), "gap": listed(f"{show(gap(r, c))} at r = {c['rank']}" for c in a["faster_B"]),
-        "faster": listed(f"{show(c['after'])} at r = {c['rank']}" for c in a["faster_B"]), "rora": ends("AdamW", "α/√r"), "lora": ends("AdamW", "α/r")}
+        "tiny_w_first": growth("tiny", "SGD", "α/√r", "fresh", to=mid),
+        "tiny_w_last": growth("tiny", "SGD", "α/√r", "fresh", start=mid),
+        "tiny_w_linear_first": growth("tiny", "SGD", "α/r", "fresh", to=mid),
+        "tiny_w_linear_last": growth("tiny", "SGD", "α/r", "fresh", start=mid),
+        "fall_sqrt": growth("layer", "SGD", "α/√r", "fall"),
+        "fall_linear": growth("layer", "SGD", "α/r", "fall"),
+        "fall_linear_expected": times(low / high),
+        "tiny_sqrt": growth("tiny", "SGD", "α/√r", "fall"),
+        "tiny_linear": growth("tiny", "SGD", "α/r", "fall"),
+        "init": show(a["init"]),
+        "real_exact": at_some(lambda s: show(s["real_exact"])),
+        "real": listed(f"{show(s['real']['var'])} ± {show(s['real']['var_se'])}" for s in some),
+        "real_grown": times(grown("real_exact")),
+        "exact_grown": times(grown("exact")),
+        "real_divides": show(math.sqrt(middle["exact"] / middle["real_exact"])),
+        "steps": size["steps"],
+        "width": size["width"],
+        "seeds": f"{size['seeds']} seed{'s' * (size['seeds'] > 1)}",
+        "checkpoint": a["checkpoint"][:8],
+        "records": size["records"],
+        "held_out": size["batch"] * 4,
+        "table": table(r),
+        "batch": size["batch"],
+        "lr_adamw": show(a["many_lr"]["AdamW"]),
+        "lr_sgd": show(a["many_lr"]["SGD"]),
+        "before": show(a["before"]),
+        "grad_linear": growth("layer", "AdamW", "α/r", "gradient"),
+        "grad_sqrt": growth("layer", "AdamW", "α/√r", "gradient"),
+        "adamw_linear": growth("layer", "AdamW", "α/r", "fall"),
+        "adamw_sqrt": growth("layer", "AdamW", "α/√r", "fall"),
+        "tiny_adamw_linear": growth("tiny", "AdamW", "α/r", "fall"),
+        "tiny_adamw_sqrt": growth("tiny", "AdamW", "α/√r", "fall"),
+        "gap": listed(f"{show(gap(r, c))} at r = {c['rank']}" for c in a["faster_B"]),
+        "faster": listed(f"{show(c['after'])} at r = {c['rank']}" for c in a["faster_B"]),
+        "rora": ends("AdamW", "α/√r"),
+        "lora": ends("AdamW", "α/r"),
+    }
 
 
 def page(r: Results) -> str:
     """PAGE filled in, its paragraphs wrapped anew; the formula and the table keep their lines."""
     blocks = PAGE.format(**facts(r)).split("\n\n")
-    return "\n\n".join(b if b.startswith(("    ", "|", "#")) else textwrap.fill(b, 140, break_long_words=False, break_on_hyphens=False)
-                       for b in blocks).rstrip("\n") + "\n"
+    return (
+        "\n\n".join(
+            b
+            if b.startswith(("    ", "|", "#"))
+            else textwrap.fill(b, 140, break_long_words=False, break_on_hyphens=False)
+            for b in blocks
+        ).rstrip("\n")
+        + "\n"
+    )
 
 
 def gap(r: Results, faster: dict) -> float:
@@ -199,18 +274,49 @@ def gap(r: Results, faster: dict) -> float:
 
 def table(r: Results) -> str:
     ratio = r.high / r.low
-    head = ["optimizer", "γ", "layer: ‖∂L/∂B‖", "‖w‖, same inputs", "‖w‖, fresh inputs", "fall of the loss", "tiny: ‖∂L/∂B‖", "‖w‖, fresh inputs",
-            "fall of the loss", f"held-out loss after {r.all['size']['steps']} steps, r = {' / '.join(map(str, r.few))}"]
+    head = [
+        "optimizer",
+        "γ",
+        "layer: ‖∂L/∂B‖",
+        "‖w‖, same inputs",
+        "‖w‖, fresh inputs",
+        "fall of the loss",
+        "tiny: ‖∂L/∂B‖",
+        "‖w‖, fresh inputs",
+        "fall of the loss",
+        f"held-out loss after {r.all['size']['steps']} steps, r = {' / '.join(map(str, r.few))}",
+    ]
     lines = [f"| {' | '.join(head)} |", "|---|---|" + "--:|" * (len(head) - 2)]
     for optimizer in ("SGD", "AdamW"):
         for rule, power in POWER.items():
-            gradient, fall = ratio ** (0.5 - power), ratio ** (1 - 2 * power if optimizer == "SGD" else 1 - power)
-            grown = lambda where, key, expected=None: times(r.growth(where, optimizer, rule, key)) + (
-                f" ({times(expected)})" if expected is not None else "")
-            lines.append("| " + " | ".join([
-                optimizer, rule, grown("layer", "gradient", gradient), grown("layer", "seen"), grown("layer", "fresh"),
-                grown("layer", "fall", fall), grown("tiny", "gradient", gradient), grown("tiny", "fresh"), grown("tiny", "fall", fall),
-                " / ".join(show(r.cell("many", optimizer, rule, rank)["after"]) for rank in r.few)]) + " |")
+            gradient, fall = (
+                ratio ** (0.5 - power),
+                ratio ** (1 - 2 * power if optimizer == "SGD" else 1 - power),
+            )
+            grown = lambda where, key, expected=None: (
+                times(r.growth(where, optimizer, rule, key))
+                + (f" ({times(expected)})" if expected is not None else "")
+            )
+            lines.append(
+                "| "
+                + " | ".join(
+                    [
+                        optimizer,
+                        rule,
+                        grown("layer", "gradient", gradient),
+                        grown("layer", "seen"),
+                        grown("layer", "fresh"),
+                        grown("layer", "fall", fall),
+                        grown("tiny", "gradient", gradient),
+                        grown("tiny", "fresh"),
+                        grown("tiny", "fall", fall),
+                        " / ".join(
+                            show(r.cell("many", optimizer, rule, rank)["after"]) for rank in r.few
+                        ),
+                    ]
+                )
+                + " |"
+            )
     return "\n".join(lines)
 
 
@@ -220,18 +326,43 @@ def table(r: Results) -> str:
 def draw(plt, r: Results):
     fig, axes = plt.subplots(2, 3, figsize=(11.5, 7), layout="constrained")
     ax, s = axes[0, 0], r.all["spreads"]
-    ax.errorbar(r.ranks, [x["var"] for x in s], [x["var_se"] for x in s], linestyle="none", marker="o", color="black", capsize=3, label="Monte Carlo")
-    for key, look, name in [("exact", "-", "r·p·(r+p+1), exact"), ("eq8", "--", "r·p², Eq. 8 summed"), ("eq9", ":", "r²·p, Eq. 9")]:
-        ax.plot(r.ranks, [x[key] for x in s], linestyle=look, color="0.35", linewidth=1.4, label=name)
+    ax.errorbar(
+        r.ranks,
+        [x["var"] for x in s],
+        [x["var_se"] for x in s],
+        linestyle="none",
+        marker="o",
+        color="black",
+        capsize=3,
+        label="Monte Carlo",
+    )
+    for key, look, name in [
+        ("exact", "-", "r·p·(r+p+1), exact"),
+        ("eq8", "--", "r·p², Eq. 8 summed"),
+        ("eq9", ":", "r²·p, Eq. 9"),
+    ]:
+        ax.plot(
+            r.ranks, [x[key] for x in s], linestyle=look, color="0.35", linewidth=1.4, label=name
+        )
     ax.set_yscale("log")
     ax.legend(frameon=False, fontsize=7.5)
     ax.set_title(f"Eq. 9: variance of xᵀAᵀA x', p = {r.all['size']['p']}")
-    places = [(axes[0, 1], "layer", "SGD", "one layer"), (axes[0, 2], "layer", "AdamW", "one layer"), (axes[1, 0], "tiny", "SGD", "tiny model"),
-              (axes[1, 1], "tiny", "AdamW", "tiny model")]
+    places = [
+        (axes[0, 1], "layer", "SGD", "one layer"),
+        (axes[0, 2], "layer", "AdamW", "one layer"),
+        (axes[1, 0], "tiny", "SGD", "tiny model"),
+        (axes[1, 1], "tiny", "AdamW", "tiny model"),
+    ]
     for ax, where, optimizer, name in places:
         for rule, look in LOOK.items():
             first = r.cell(where, optimizer, rule, r.low)["fall"]
-            ax.plot(r.ranks, [r.cell(where, optimizer, rule, rank)["fall"] / first for rank in r.ranks], label=f"γ = {rule}", markersize=5, **look)
+            ax.plot(
+                r.ranks,
+                [r.cell(where, optimizer, rule, rank)["fall"] / first for rank in r.ranks],
+                label=f"γ = {rule}",
+                markersize=5,
+                **look,
+            )
         ax.set_yscale("log")
         ax.set_title(f"{name}, one step of {optimizer}: fall of the loss")
         ax.set_ylabel(f"relative to r = {r.low}")
@@ -240,28 +371,57 @@ def draw(plt, r: Results):
         ax.set_ylim(low, high)
     ax = axes[1, 2]
     for rule, look in LOOK.items():
-        ax.plot(r.few, [r.cell("many", "AdamW", rule, rank)["after"] or math.nan for rank in r.few], markersize=5, **look)
+        ax.plot(
+            r.few,
+            [r.cell("many", "AdamW", rule, rank)["after"] or math.nan for rank in r.few],
+            markersize=5,
+            **look,
+        )
     plus = r.all["faster_B"]
-    ax.plot([c["rank"] for c in plus], [c["after"] for c in plus], linestyle="none", marker="x", markersize=11, color="black",
-            label="α/r, B's lr·√r")
+    ax.plot(
+        [c["rank"] for c in plus],
+        [c["after"] for c in plus],
+        linestyle="none",
+        marker="x",
+        markersize=11,
+        color="black",
+        label="α/r, B's lr·√r",
+    )
     ax.legend(frameon=False, fontsize=7.5)
     ax.set_title(f"tiny model, {r.all['size']['steps']} steps of AdamW: held-out loss")
     for ax in axes.flat:
         ax.set_xscale("log", base=2)
-        ax.set_xticks(r.ranks if ax is not axes[1, 2] else r.few, [str(x) for x in (r.ranks if ax is not axes[1, 2] else r.few)])
+        ax.set_xticks(
+            r.ranks if ax is not axes[1, 2] else r.few,
+            [str(x) for x in (r.ranks if ax is not axes[1, 2] else r.few)],
+        )
         ax.tick_params(axis="x", which="minor", bottom=False)
         ax.set_xlabel("rank r")
     size = r.all["size"]
-    finish(fig, f"One layer: {size['width']} × {size['width']}, 64 inputs, mean of {size['seeds']} seeds. Tiny model: checkpoint "
-                f"{r.all['checkpoint'][:8]}, {size['records']} records a step ({size['batch']} over {size['steps']} steps), one seed, AdamW lr "
-                f"{show(r.all['many_lr']['AdamW'])}, {size['batch'] * 4} held-out records. α = {r.all['alpha']:g}. Monte Carlo: "
-                f"{size['draws']:,} draws, bars are standard errors.", axes[0, 1])
+    finish(
+        fig,
+        f"One layer: {size['width']} × {size['width']}, 64 inputs, mean of {size['seeds']} seeds. Tiny model: checkpoint "
+        f"{r.all['checkpoint'][:8]}, {size['records']} records a step ({size['batch']} over {size['steps']} steps), one seed, AdamW lr "
+        f"{show(r.all['many_lr']['AdamW'])}, {size['batch'] * 4} held-out records. α = {r.all['alpha']:g}. Monte Carlo: "
+        f"{size['draws']:,} draws, bars are standard errors.",
+        axes[0, 1],
+    )
     return fig
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__)
-    parser.add_argument("--home", type=Path, default=HERE, metavar="DIR", help="holds results/, takes derivation.md and figures/")
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__,
+    )
+    parser.add_argument(
+        "--home",
+        type=Path,
+        default=HERE,
+        metavar="DIR",
+        help="holds results/, takes derivation.md and figures/",
+    )
     home = parser.parse_args(argv).home
     results = Results(home / "results" / "derivation.json")
     text = page(results)

@@ -35,15 +35,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import runs
-from checkpoints import TensorFiles
+from plumbing import run_folder as runs
+from plumbing.hf_files import TensorFiles
 from data import DataError, Record, encode_records, epoch_order, load_examples
-from flags import DTYPES, FlagError, exit_code, find_checkpoint, find_device, find_dtype, row_of
+from plumbing.flags import (
+    DTYPES,
+    FlagError,
+    exit_code,
+    find_checkpoint,
+    find_device,
+    find_dtype,
+    row_of,
+)
 from llama import Llama, LlamaConfig, load_llama, save_llama
-from rora import find_tokenizer, validation_loss
+from plumbing.finding import find_tokenizer
+from rora import validation_loss
 
-READERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head")  # of the residual stream
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+READERS = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "gate_proj",
+    "up_proj",
+    "lm_head",
+)  # of the residual stream
+TOKENIZER_FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+)
 
 
 # --- what shape ------------------------------------------------------------------------------------
@@ -62,9 +84,16 @@ def smaller(cfg: LlamaConfig, keep: float) -> LlamaConfig:
     new = replace(cfg, n_layers=layers, n_heads=heads, n_kv_heads=groups, dim=heads * cfg.head_dim)
     channel = 3 * layers * new.dim  # parameters of one FFN channel in every layer
     step = 8 if cfg.hidden_dim >= 64 else 1
-    hidden = min(cfg.hidden_dim, int((keep * parameters(cfg) - parameters(replace(new, hidden_dim=1))) / channel + 1) // step * step)
+    hidden = min(
+        cfg.hidden_dim,
+        int((keep * parameters(cfg) - parameters(replace(new, hidden_dim=1))) / channel + 1)
+        // step
+        * step,
+    )
     if hidden < 1:
-        raise FlagError(f"--keep {keep:g} leaves no FFN beside {heads} heads of width {cfg.head_dim}, {layers} layers and the embeddings")
+        raise FlagError(
+            f"--keep {keep:g} leaves no FFN beside {heads} heads of width {cfg.head_dim}, {layers} layers and the embeddings"
+        )
     return replace(new, hidden_dim=hidden)
 
 
@@ -77,13 +106,32 @@ class Missed:
 
     def __init__(self, model: Llama, records: list[Record], batch: int):
         self.linear: dict[str, Tensor] = {}  # Σ x_j² of each linear layer
-        self.norm: dict[str, Tensor] = {}    # Σ x_j² / Σ over channels of it, of each norm
+        self.norm: dict[str, Tensor] = {}  # Σ x_j² / Σ over channels of it, of each norm
         self.turn = [0.0] * model.cfg.n_layers
-        hooks = [m.register_forward_pre_hook(lambda m, args, name=name: self.add(self.linear, name, args[0].detach().float().square()))
-                 for name, m in model.named_modules() if isinstance(m, nn.Linear)]
-        hooks += [m.register_forward_pre_hook(lambda m, args, name=name: self.add(self.norm, name, F.normalize(args[0].detach().float(), dim=-1) ** 2))
-                  for name, m in model.named_modules() if name.endswith("norm")]
-        hooks += [m.register_forward_hook(lambda m, args, y, i=i: self.add_turn(i, args[0].detach(), y.detach())) for i, m in enumerate(model.layers)]
+        hooks = [
+            m.register_forward_pre_hook(
+                lambda m, args, name=name: self.add(
+                    self.linear, name, args[0].detach().float().square()
+                )
+            )
+            for name, m in model.named_modules()
+            if isinstance(m, nn.Linear)
+        ]
+        hooks += [
+            m.register_forward_pre_hook(
+                lambda m, args, name=name: self.add(
+                    self.norm, name, F.normalize(args[0].detach().float(), dim=-1) ** 2
+                )
+            )
+            for name, m in model.named_modules()
+            if name.endswith("norm")
+        ]
+        hooks += [
+            m.register_forward_hook(
+                lambda m, args, y, i=i: self.add_turn(i, args[0].detach(), y.detach())
+            )
+            for i, m in enumerate(model.layers)
+        ]
         self.loss = validation_loss(model, records, batch)
         for hook in hooks:
             hook.remove()
@@ -96,7 +144,9 @@ class Missed:
         sums[name] = sums.get(name, 0) + squares.sum(0)
 
     def add_turn(self, i: int, before: Tensor, after: Tensor) -> None:
-        self.turn[i] += (1 - F.cosine_similarity(before.float(), after.float(), dim=-1)).sum().item()
+        self.turn[i] += (
+            (1 - F.cosine_similarity(before.float(), after.float(), dim=-1)).sum().item()
+        )
 
     def kept_energy(self, norm: str, channels: Tensor) -> float:
         return (self.norm[norm][channels].sum() / self.norm[norm].sum()).item()
@@ -120,7 +170,9 @@ def prune(model: Llama, cfg: LlamaConfig, missed: Missed) -> tuple[Llama, dict]:
     layers = most(torch.tensor(missed.turn), cfg.n_layers).tolist()
     readers = [s for name, s in share.items() if name.rpartition(".")[2] in READERS]
     C = most(torch.stack(readers).sum(0), cfg.dim)
-    spread = lambda groups, width: (groups[:, None] * width + torch.arange(width, device=groups.device)).flatten()
+    spread = lambda groups, width: (
+        groups[:, None] * width + torch.arange(width, device=groups.device)
+    ).flatten()
     new = Llama(cfg).to(model.embed_tokens.weight.device, model.embed_tokens.weight.dtype).eval()
     kept: dict = {"layers": layers, "channels": C.tolist(), "groups": [], "ffn": []}
 
@@ -129,7 +181,9 @@ def prune(model: Llama, cfg: LlamaConfig, missed: Missed) -> tuple[Llama, dict]:
         target.weight.copy_(W[:, columns] if rows is None else W[rows][:, columns])
 
     def take_norm(name: str, target: nn.Module, source: nn.Module) -> None:
-        target.weight.copy_(source.weight[C] * math.sqrt(old.dim / cfg.dim * missed.kept_energy(name, C)))
+        target.weight.copy_(
+            source.weight[C] * math.sqrt(old.dim / cfg.dim * missed.kept_energy(name, C))
+        )
 
     with torch.no_grad():
         take(new.embed_tokens, model.embed_tokens, None, C)
@@ -137,12 +191,21 @@ def prune(model: Llama, cfg: LlamaConfig, missed: Missed) -> tuple[Llama, dict]:
         take_norm("norm", new.norm, model.norm)
         for layer, i in zip(new.layers, layers):
             source, at = model.layers[i], f"layers.{i}"
-            queries = old.n_heads // old.n_kv_heads * old.head_dim  # width of the query heads that share a key head
-            G = most(share[f"{at}.self_attn.o_proj"].view(old.n_kv_heads, -1).sum(1), cfg.n_kv_heads)
+            queries = (
+                old.n_heads // old.n_kv_heads * old.head_dim
+            )  # width of the query heads that share a key head
+            G = most(
+                share[f"{at}.self_attn.o_proj"].view(old.n_kv_heads, -1).sum(1), cfg.n_kv_heads
+            )
             hidden = most(share[f"{at}.mlp.down_proj"], cfg.hidden_dim)
             Q, K = spread(G, queries), spread(G, old.head_dim)
             for name, rows in (("q_proj", Q), ("k_proj", K), ("v_proj", K)):
-                take(layer.self_attn.get_submodule(name), source.self_attn.get_submodule(name), rows, C)
+                take(
+                    layer.self_attn.get_submodule(name),
+                    source.self_attn.get_submodule(name),
+                    rows,
+                    C,
+                )
             take(layer.self_attn.o_proj, source.self_attn.o_proj, C, Q)
             take(layer.mlp.gate_proj, source.mlp.gate_proj, hidden, C)
             take(layer.mlp.up_proj, source.mlp.up_proj, hidden, C)
@@ -172,7 +235,9 @@ def heal(model: Llama, steps: int) -> None:
     documents, pretrain = corpus(seed=99)
     stream = pretrain.batches(pretrain.load_tokenizer(ROOT / "tiny"), documents)
     optimizers = pretrain.optimizers(model)
-    optimizers[1].param_groups[0]["params"] = [p for p in optimizers[1].param_groups[0]["params"] if p is not model.embed_tokens.weight]
+    optimizers[1].param_groups[0]["params"] = [
+        p for p in optimizers[1].param_groups[0]["params"] if p is not model.embed_tokens.weight
+    ]
     peaks = [o.param_groups[0]["lr"] for o in optimizers]
     model.train()
     for step in range(steps):
@@ -191,29 +256,60 @@ def texts(args: argparse.Namespace, tokenizer, of_tiny: bool) -> list[Record]:
     n = 2 * args.records
     if of_tiny and not args.data:
         documents, pretrain = corpus(seed=98)
-        return [Record(array("i", pretrain.encode(tokenizer, d)[0]), 1, i) for i, d in enumerate(islice(documents, n), 1)]
+        return [
+            Record(array("i", pretrain.encode(tokenizer, d)[0]), 1, i)
+            for i, d in enumerate(islice(documents, n), 1)
+        ]
     examples = load_examples(args.data or row_of(args.ckpt).data)
-    return encode_records([examples[i] for i in epoch_order(len(examples), 0, 0)[:n]], tokenizer, 256)[0]
+    return encode_records(
+        [examples[i] for i in epoch_order(len(examples), 0, 0)[:n]], tokenizer, 256
+    )[0]
 
 
 # --- command line ----------------------------------------------------------------------------------
 
 
 def shape(cfg: LlamaConfig) -> str:
-    heads = f"{cfg.n_heads}" + (f" ({cfg.n_kv_heads} groups)" if cfg.n_kv_heads != cfg.n_heads else "")
+    heads = f"{cfg.n_heads}" + (
+        f" ({cfg.n_kv_heads} groups)" if cfg.n_kv_heads != cfg.n_heads else ""
+    )
     total, table = parameters(cfg), cfg.vocab_size * cfg.dim * (1 if cfg.tie_embeddings else 2)
-    return (f"{total:,} parameters, {table:,} of them embeddings: {cfg.n_layers} layers, width {cfg.dim}, {heads} heads of {cfg.head_dim}, "
-            f"FFN {cfg.hidden_dim}")
+    return (
+        f"{total:,} parameters, {table:,} of them embeddings: {cfg.n_layers} layers, width {cfg.dim}, {heads} heads of {cfg.head_dim}, "
+        f"FFN {cfg.hidden_dim}"
+    )
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__,
+    )
     parser.add_argument("--ckpt", default="tiny", metavar="NAME", help="default: tiny")
-    parser.add_argument("--keep", type=float, default=0.2, metavar="SHARE", help="of all parameters (default 0.2)")
+    parser.add_argument(
+        "--keep", type=float, default=0.2, metavar="SHARE", help="of all parameters (default 0.2)"
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/CKPT-pruned")
-    parser.add_argument("--data", metavar="FILE", help="records to measure on (default: tiny's corpus, or the checkpoint's training records)")
-    parser.add_argument("--records", type=int, default=128, metavar="N", help="how many, and as many again to measure the loss on (default 128)")
-    parser.add_argument("--heal", type=int, default=0, metavar="STEPS", help="of training on tiny's corpus afterwards (tiny alone)")
+    parser.add_argument(
+        "--data",
+        metavar="FILE",
+        help="records to measure on (default: tiny's corpus, or the checkpoint's training records)",
+    )
+    parser.add_argument(
+        "--records",
+        type=int,
+        default=128,
+        metavar="N",
+        help="how many, and as many again to measure the loss on (default 128)",
+    )
+    parser.add_argument(
+        "--heal",
+        type=int,
+        default=0,
+        metavar="STEPS",
+        help="of training on tiny's corpus afterwards (tiny alone)",
+    )
     parser.add_argument("--device", metavar="NAME")
     args = parser.parse_args(argv)
     out = args.out or Path(f"runs/{Path(args.ckpt).name}-pruned")
@@ -223,7 +319,9 @@ def main(argv: list[str]) -> int:
     if not 0 < args.keep < 1:
         raise FlagError(f"--keep {args.keep:g}: a share between 0 and 1")
     folder = find_checkpoint(args.ckpt)
-    of_tiny = (folder / "tokenizer.model").is_file() and runs.sha256(folder / "tokenizer.model") == runs.sha256(ROOT / "tiny" / "tokenizer.model")
+    of_tiny = (folder / "tokenizer.model").is_file() and runs.sha256(
+        folder / "tokenizer.model"
+    ) == runs.sha256(ROOT / "tiny" / "tokenizer.model")
     if args.heal and not of_tiny:
         raise FlagError("--heal reads tiny's corpus: it needs a checkpoint with tiny's tokenizer")
     old = LlamaConfig.from_json(folder / "config.json")
@@ -235,20 +333,38 @@ def main(argv: list[str]) -> int:
     device = find_device(args.device)
     model = load_llama(folder, device, DTYPES[find_dtype(None, args.ckpt, device)])
     small, kept = prune(model, cfg, Missed(model, records[:half], 8))
-    print(f"from {shape(old)}\nto   {shape(cfg)}: {100 * parameters(cfg) / parameters(old):.1f}%\nlayers kept: {kept['layers']}")
-    losses = {"whole": validation_loss(model, records[half:], 8), "pruned": validation_loss(small, records[half:], 8)}
+    print(
+        f"from {shape(old)}\nto   {shape(cfg)}: {100 * parameters(cfg) / parameters(old):.1f}%\nlayers kept: {kept['layers']}"
+    )
+    losses = {
+        "whole": validation_loss(model, records[half:], 8),
+        "pruned": validation_loss(small, records[half:], 8),
+    }
     if args.heal:
         heal(small.cpu().float(), args.heal)
         losses["healed"] = validation_loss(small, records[half:], 8)
-    print("loss per token on other texts: " + ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items()))
+    print(
+        "loss per token on other texts: "
+        + ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
+    )
     with runs.new_folder(out) as temporary:
         save_llama(small.to(TensorFiles(folder).dtypes["embed_tokens.weight"]), temporary)
         for name in TOKENIZER_FILES:
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, temporary / name)
-        runs.write_json(temporary / "pruned.json", {
-            "from": args.ckpt, "checkpoint": checkpoint_digest(folder), "keep": args.keep, "parameters": [parameters(old), parameters(cfg)],
-            "texts": half, "heal": args.heal, "loss": losses, "kept": kept})
+        runs.write_json(
+            temporary / "pruned.json",
+            {
+                "from": args.ckpt,
+                "checkpoint": checkpoint_digest(folder),
+                "keep": args.keep,
+                "parameters": [parameters(old), parameters(cfg)],
+                "texts": half,
+                "heal": args.heal,
+                "loss": losses,
+                "kept": kept,
+            },
+        )
     print(f"saved {out}")
     return 0
 

@@ -37,13 +37,22 @@ def digest(files: list[Path]) -> str:
     """One hash for names and bytes of some files."""
     total = hashlib.sha256()
     for path in sorted(files):
-        total.update(f"{path.parent.name}/{path.name}\n".encode() + hashlib.sha256(path.read_bytes()).digest())
+        total.update(
+            f"{path.parent.name}/{path.name}\n".encode()
+            + hashlib.sha256(path.read_bytes()).digest()
+        )
     return total.hexdigest()[:16]
 
 
 def checkpoint_digest(folder: Path) -> str:
     """Of the weights themselves, not of their sizes: a checkpoint made anew is another one."""
-    return digest([p for p in folder.iterdir() if p.suffix == ".safetensors" or p.name in ("config.json", "tokenizer.model")])
+    return digest(
+        [
+            p
+            for p in folder.iterdir()
+            if p.suffix == ".safetensors" or p.name in ("config.json", "tokenizer.model")
+        ]
+    )
 
 
 def questions_digest(homes: Iterable[Path]) -> str:
@@ -71,7 +80,9 @@ def append(path: Path, row: dict) -> None:
 
 def key(row: dict) -> str:
     """What a run is: equal keys, equal results."""
-    return json.dumps([row[k] for k in ("checkpoint", "questions", "limit", "settings")], sort_keys=True)
+    return json.dumps(
+        [row[k] for k in ("checkpoint", "questions", "limit", "settings")], sort_keys=True
+    )
 
 
 def condition(row: dict) -> str:
@@ -85,9 +96,15 @@ def load(path: Path) -> list[dict]:
         raise SystemExit(f"{path} holds no results; python lessons/sweep.py fig1 makes them")
     chosen = {key(r): r for r in every if condition(r) == condition(every[-1])}
     if left := len({key(r) for r in every}) - len(chosen):
-        print(f"note: {path}: {left} runs of another checkpoint, other questions or settings are left out", file=sys.stderr)
+        print(
+            f"note: {path}: {left} runs of another checkpoint, other questions or settings are left out",
+            file=sys.stderr,
+        )
     if every[-1]["ckpt"] == "tiny" and every[-1]["checkpoint"] != checkpoint_digest(ROOT / "tiny"):
-        print(f"note: {path} is of an earlier tiny checkpoint ({every[-1]['checkpoint']}), not the one in tiny/", file=sys.stderr)
+        print(
+            f"note: {path} is of an earlier tiny checkpoint ({every[-1]['checkpoint']}), not the one in tiny/",
+            file=sys.stderr,
+        )
     return list(chosen.values())
 
 
@@ -112,20 +129,31 @@ def spread(values: list[float]) -> float:
 
 def common_lr(rows: list[dict]) -> float:
     """The one lr that Fig. 1 is drawn at: the one with most seeds, then most runs."""
-    return max(axis(rows, "lr"), key=lambda lr: (len(axis(chosen(rows, lr=lr), "seed")), len(chosen(rows, lr=lr))))
+    return max(
+        axis(rows, "lr"),
+        key=lambda lr: (len(axis(chosen(rows, lr=lr), "seed")), len(chosen(rows, lr=lr))),
+    )
 
 
 def grid(rows: list[dict], method: str, rank: int | None = None) -> dict[float, list[dict]]:
     """{lr: runs}, over the ranks and seeds that every lr was run with, so that no lr is judged by a luckier seed. Ranks with one lr
     alone, those of fig1 that the grid has not come to, are no part of it."""
     mine = [r for r in chosen(rows, method=method) if rank in (None, r["settings"]["rank"])]
-    ranks = [k for k in axis(mine, "rank") if len(axis(chosen(mine, rank=k), "lr")) > 1] or axis(mine, "rank")
+    ranks = [k for k in axis(mine, "rank") if len(axis(chosen(mine, rank=k), "lr")) > 1] or axis(
+        mine, "rank"
+    )
     mine = [r for r in mine if r["settings"]["rank"] in ranks]
     runs = {lr: chosen(mine, lr=lr) for lr in axis(mine, "lr")}
     runs = {lr: found for lr, found in runs.items() if axis(found, "rank") == ranks}
     cell = lambda r: (r["settings"]["rank"], r["settings"]["seed"])
-    shared = set.intersection(*({cell(r) for r in found} for found in runs.values())) if runs else set()
-    return {lr: [r for r in found if cell(r) in shared] for lr, found in runs.items()} if shared else {}
+    shared = (
+        set.intersection(*({cell(r) for r in found} for found in runs.values())) if runs else set()
+    )
+    return (
+        {lr: [r for r in found if cell(r) in shared] for lr, found in runs.items()}
+        if shared
+        else {}
+    )
 
 
 def ranking(rows: list[dict], method: str, rank: int | None = None) -> list[float]:
@@ -139,19 +167,40 @@ def best_lr(rows: list[dict], method: str, rank: int | None = None) -> float | N
     found = {lr: {} for lr in grid(rows, method, rank)}
     for r in chosen(rows, method=method):
         if r["settings"]["lr"] in found and rank in (None, r["settings"]["rank"]):
-            found[r["settings"]["lr"]][r["settings"]["rank"], r["settings"]["seed"]] = accuracy(r, "val")
-    shared = set.intersection(*(set(found[lr]) for lr in ranking(rows, method, rank)[:2])) if found else set()
-    return max((lr for lr in found if shared <= found[lr].keys()), key=lambda lr: mean(found[lr][cell] for cell in shared), default=None)
+            found[r["settings"]["lr"]][r["settings"]["rank"], r["settings"]["seed"]] = accuracy(
+                r, "val"
+            )
+    shared = (
+        set.intersection(*(set(found[lr]) for lr in ranking(rows, method, rank)[:2]))
+        if found
+        else set()
+    )
+    return max(
+        (lr for lr in found if shared <= found[lr].keys()),
+        key=lambda lr: mean(found[lr][cell] for cell in shared),
+        default=None,
+    )
 
 
 def at_edge(rows: list[dict]) -> list[tuple[str, int, float]]:
     """(method, rank, best lr) where the best is the grid's first or last: the true best may lie outside."""
-    cells = [(m, rank, best_lr(rows, m, rank)) for m in METHODS for rank in axis(chosen(rows, method=m), "rank")]
-    return [(m, rank, lr) for m, rank, lr in cells if lr in (min(grid(rows, m, rank), default=0), max(grid(rows, m, rank), default=0))]
+    cells = [
+        (m, rank, best_lr(rows, m, rank))
+        for m in METHODS
+        for rank in axis(chosen(rows, method=m), "rank")
+    ]
+    return [
+        (m, rank, lr)
+        for m, rank, lr in cells
+        if lr in (min(grid(rows, m, rank), default=0), max(grid(rows, m, rank), default=0))
+    ]
 
 
 def three_ways(rows: list[dict]) -> dict[str, Callable[[str, int], float | None]]:
     """Fig. 1's three readings: which lr a method is shown at, at a rank."""
     shared, own = common_lr(rows), {m: best_lr(rows, m) for m in METHODS}
-    return {"one lr for all": lambda m, rank: shared, "each method's best lr": lambda m, rank: own[m],
-            "each method's best lr at each rank": lambda m, rank: best_lr(rows, m, rank)}
+    return {
+        "one lr for all": lambda m, rank: shared,
+        "each method's best lr": lambda m, rank: own[m],
+        "each method's best lr at each rank": lambda m, rank: best_lr(rows, m, rank),
+    }

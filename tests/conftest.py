@@ -40,7 +40,9 @@ def real_data() -> Path:
     so; on a machine that calls itself CI it fails."""
     folder = Path(os.environ.get("RORA_DATA") or ROOT.parent / "shared" / "data")
     if not (folder / "tokenizer.model").is_file():
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(f"no real records in {folder}; set RORA_DATA")
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(
+            f"no real records in {folder}; set RORA_DATA"
+        )
     return folder
 
 
@@ -50,11 +52,26 @@ def words(folder: Path):
 
     from data import TASKS, format_prompt, load_tokenizer
 
-    text = [format_prompt({"instruction": f"Please answer the following question: is the sky blue? Answer format: {answers}"})
-            + "the correct answer is true false" for answers in TASKS.values()]
+    text = [
+        format_prompt(
+            {
+                "instruction": f"Please answer the following question: is the sky blue? Answer format: {answers}"
+            }
+        )
+        + "the correct answer is true false"
+        for answers in TASKS.values()
+    ]
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter("\n".join(text).split("\n") * 3), model_prefix=str(folder / "tokenizer"), vocab_size=400, model_type="bpe",
-        byte_fallback=True, hard_vocab_limit=False, minloglevel=2, normalization_rule_name="identity", remove_extra_whitespaces=False)
+        sentence_iterator=iter("\n".join(text).split("\n") * 3),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=400,
+        model_type="bpe",
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+    )
     return load_tokenizer(folder)
 
 
@@ -82,8 +99,15 @@ def write_records(path: Path, n: int = 40) -> Path:
     for i in range(n):
         a, b = (7 * i + 3) % 10, (3 * i + 5) % 11
         answer = "true" if a > b else "false"
-        records.append({"instruction": f"Please answer the following question with true or false, question: is {a} larger than {b}?"
-                        + " please" * (i % 5) + "\n\nAnswer format: true/false", "input": "", "output": f"the correct answer is {answer}",
-                        "answer": answer})
+        records.append(
+            {
+                "instruction": f"Please answer the following question with true or false, question: is {a} larger than {b}?"
+                + " please" * (i % 5)
+                + "\n\nAnswer format: true/false",
+                "input": "",
+                "output": f"the correct answer is {answer}",
+                "answer": answer,
+            }
+        )
     path.write_text(json.dumps(records))
     return path

@@ -24,12 +24,27 @@ import traceback
 from pathlib import Path
 
 import torch
-from helpers import (ROOT, World, flags, go_on, instants, interrupt, killed, make_records, make_tokenizer, make_world, outcome, run, runs,
-                     score, tree,
-                     watched_disk)
+from helpers import (
+    ROOT,
+    World,
+    flags,
+    go_on,
+    instants,
+    interrupt,
+    killed,
+    make_records,
+    make_tokenizer,
+    make_world,
+    outcome,
+    run,
+    runs,
+    score,
+    tree,
+    watched_disk,
+)
 from safetensors.torch import load_file
 
-import checkpoints
+from plumbing import hf_files as checkpoints
 
 SHORT = {"max_steps": 3, "epochs": None, "save_every": 1, "eval_every": 2}
 
@@ -59,7 +74,10 @@ def every_instant(folder: Path):
                 problem = f"resumed differently: {result}"
         elif run(*command(case), "--overwrite").code or outcome(case) != wanted:
             problem = "cannot be overwritten any more"
-        yield "SIGKILL at every write, sync, rename and deletion of a run", problem and f"{operation} {path}: {problem}"
+        yield (
+            "SIGKILL at every write, sync, rename and deletion of a run",
+            problem and f"{operation} {path}: {problem}",
+        )
         shutil.rmtree(case)
 
     for n, (operation, path) in enumerate(instants(*command(folder / "log2"))):
@@ -77,10 +95,15 @@ def every_instant(folder: Path):
         problem = complaint(stopped)
         if stopped.code != 1 or any(map(runs.damage, runs.checkpoints(case))):
             problem = problem or f"exit {stopped.code}, or a damaged checkpoint"
-        result = run(*command(case)) if not (case / "run.json").exists() else go_on(case, *command(case))
+        result = (
+            run(*command(case)) if not (case / "run.json").exists() else go_on(case, *command(case))
+        )
         if result.code or outcome(case) != wanted:
             problem = problem or f"resumed differently: {result}"
-        yield "disk full at every write, sync, rename and new folder of a run", problem and f"{operation} {path}: {problem}"
+        yield (
+            "disk full at every write, sync, rename and new folder of a run",
+            problem and f"{operation} {path}: {problem}",
+        )
         shutil.rmtree(case)
 
 
@@ -93,8 +116,13 @@ def real_kills(folder: Path, kills: int = 21, seed: int = 1):
     world = make_world(folder / "world", 26)
     settings = {"max_steps": 400, "epochs": None, "save_every": 2, "eval_every": 7}
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    start = lambda *argv: subprocess.Popen([sys.executable, str(ROOT / argv[0]), *map(str, argv[1:])], env=env, stdout=subprocess.PIPE,
-                                           stderr=subprocess.STDOUT, text=True)
+    start = lambda *argv: subprocess.Popen(
+        [sys.executable, str(ROOT / argv[0]), *map(str, argv[1:])],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     whole, cut = folder / "whole", folder / "cut"
     alone = start("rora.py", *flags(world, whole, **settings))
     said = alone.communicate(timeout=300)[0]
@@ -105,8 +133,14 @@ def real_kills(folder: Path, kills: int = 21, seed: int = 1):
         process = start("rora.py", *argv)
         size = metrics.stat().st_size if metrics.exists() else 0
         deadline = time.monotonic() + 60
-        while process.poll() is None and time.monotonic() < deadline and (metrics.stat().st_size if metrics.exists() else 0) <= size:
-            time.sleep(0.002)  # until it has begun to train; one kill in six comes earlier than that
+        while (
+            process.poll() is None
+            and time.monotonic() < deadline
+            and (metrics.stat().st_size if metrics.exists() else 0) <= size
+        ):
+            time.sleep(
+                0.002
+            )  # until it has begun to train; one kill in six comes earlier than that
             if rng.random() < 1 / 6 / 500:
                 break
         time.sleep(rng.random() * 0.15)
@@ -119,8 +153,14 @@ def real_kills(folder: Path, kills: int = 21, seed: int = 1):
         elif any(map(runs.damage, listed)):
             problem = f"a listed checkpoint is damaged: {list(map(runs.damage, listed))}"
         elif listed and int(listed[0].name[5:]) < seen:
-            problem = f"the newest checkpoint is {listed[0].name}, before the kill there was step {seen}"
-        elif any(int(line.rsplit("-", 1)[1]) > int(listed[0].name[5:]) for line in said.splitlines() if line.startswith("saved")):
+            problem = (
+                f"the newest checkpoint is {listed[0].name}, before the kill there was step {seen}"
+            )
+        elif any(
+            int(line.rsplit("-", 1)[1]) > int(listed[0].name[5:])
+            for line in said.splitlines()
+            if line.startswith("saved")
+        ):
             problem = "a checkpoint that was said to be saved is not there"
         seen = int(listed[0].name[5:]) if listed else 0
         argv = ["--resume", cut] if listed else [*flags(world, cut, **settings), "--overwrite"]
@@ -134,33 +174,88 @@ def real_kills(folder: Path, kills: int = 21, seed: int = 1):
             time.sleep(0.002)
         process.send_signal(number)
         said = process.communicate(timeout=60)[0]
-        polite = process.returncode == code and f"--resume {cut}" in said and not any(map(runs.damage, runs.checkpoints(cut)))
-        yield "SIGTERM and SIGINT to a real process", None if polite else f"exit {process.returncode}: {said[-300:]}"
+        polite = (
+            process.returncode == code
+            and f"--resume {cut}" in said
+            and not any(map(runs.damage, runs.checkpoints(cut)))
+        )
+        yield (
+            "SIGTERM and SIGINT to a real process",
+            None if polite else f"exit {process.returncode}: {said[-300:]}",
+        )
     process = start("rora.py", *argv)
     said = process.communicate(timeout=300)[0]
     equal = process.returncode == 0 and outcome(cut) == outcome(whole)
-    yield "the survivor's adapter, optimizer and metrics against a run left alone, bit for bit", None if equal else f"differ: {said[-300:]}"
+    yield (
+        "the survivor's adapter, optimizer and metrics against a run left alone, bit for bit",
+        None if equal else f"differ: {said[-300:]}",
+    )
 
     scoring = lambda out: ["eval.py", whole, "--data", world.tests, "--batch-size", 1, "--out", out]
     out = folder / "cut-scores"
     for questions in (1, 4, 9):
         process = start(*scoring(out))
-        while process.poll() is None and sum(len(file.read_bytes().splitlines()) for file in out.glob("*.jsonl")) < questions:
+        while (
+            process.poll() is None
+            and sum(len(file.read_bytes().splitlines()) for file in out.glob("*.jsonl")) < questions
+        ):
             time.sleep(0.002)
         time.sleep(rng.random() * 0.05)
         process.kill()
         process.communicate()
-        yield "SIGKILL of a real scoring at a random time", None if process.returncode == -signal.SIGKILL else "ended by itself"
+        yield (
+            "SIGKILL of a real scoring at a random time",
+            None if process.returncode == -signal.SIGKILL else "ended by itself",
+        )
     ended = [start(*scoring(o)).communicate(timeout=300) for o in (out, folder / "whole-scores")]
     equal = tree(out) == tree(folder / "whole-scores")
-    yield "its answers and scores against a scoring left alone, byte for byte", None if equal else f"differ: {ended}"
+    yield (
+        "its answers and scores against a scoring left alone, byte for byte",
+        None if equal else f"differ: {ended}",
+    )
 
 
 # --- mutated input ---------------------------------------------------------------------------------
 
-ODD = [None, True, False, -1, 0, 1, 2, 3, 0.5, -0.0, 1e-300, 1e300, 10**30, 2**31, 2**63, float("nan"), float("inf"), -float("inf"),
-       "", " ", "x", "../x", "/etc/passwd", "\ud800", "\x1b[31m", "a\0b", "a\nb", "ü" * 300, "q_proj", "sqrt", "linear",
-       [], {}, [[]], {"a": 1}, ["q_proj"], [None]]
+ODD = [
+    None,
+    True,
+    False,
+    -1,
+    0,
+    1,
+    2,
+    3,
+    0.5,
+    -0.0,
+    1e-300,
+    1e300,
+    10**30,
+    2**31,
+    2**63,
+    float("nan"),
+    float("inf"),
+    -float("inf"),
+    "",
+    " ",
+    "x",
+    "../x",
+    "/etc/passwd",
+    "\ud800",
+    "\x1b[31m",
+    "a\0b",
+    "a\nb",
+    "ü" * 300,
+    "q_proj",
+    "sqrt",
+    "linear",
+    [],
+    {},
+    [[]],
+    {"a": 1},
+    ["q_proj"],
+    [None],
+]
 
 
 def odd_bytes(rng: random.Random, content: bytes, focus: int = 4000) -> bytes:
@@ -182,11 +277,22 @@ def odd_bytes(rng: random.Random, content: bytes, focus: int = 4000) -> bytes:
         a = where()
         return content[:a] + rng.randbytes(rng.randrange(1, 40)) + content[a:]
     if kind == 6:
-        return rng.choice([0, 1, 2**31, 2**40, 2**63 - 1, 2**64 - 1, len(content), len(content) + 8]).to_bytes(8, "little") + content[8:]
+        return (
+            rng.choice(
+                [0, 1, 2**31, 2**40, 2**63 - 1, 2**64 - 1, len(content), len(content) + 8]
+            ).to_bytes(8, "little")
+            + content[8:]
+        )
     content = bytearray(content)
     for _ in range(rng.choice([1, 1, 2, 20])):
         a = where()
-        content[a : a + 1] = rng.randbytes(1) if kind == 7 else bytes([content[a] ^ 1 << rng.randrange(8)]) if content else b""
+        content[a : a + 1] = (
+            rng.randbytes(1)
+            if kind == 7
+            else bytes([content[a] ^ 1 << rng.randrange(8)])
+            if content
+            else b""
+        )
     return bytes(content)
 
 
@@ -194,8 +300,22 @@ def odd_json(rng: random.Random, content: bytes) -> bytes:
     """Still JSON, mostly: one value anywhere in it replaced, removed, or put under another key."""
     value = json.loads(content)
     if rng.random() < 0.1:
-        return rng.choice([b"[" * 100_000, b'{"a":' * 50_000, b"null", b"[]", b"{}", b"1", b'"x"', content[:-3], b"\xef\xbb\xbf" + content,
-                           content.replace(b"\n", b"\r\n"), b"9" * 5000, content + content])
+        return rng.choice(
+            [
+                b"[" * 100_000,
+                b'{"a":' * 50_000,
+                b"null",
+                b"[]",
+                b"{}",
+                b"1",
+                b'"x"',
+                content[:-3],
+                b"\xef\xbb\xbf" + content,
+                content.replace(b"\n", b"\r\n"),
+                b"9" * 5000,
+                content + content,
+            ]
+        )
     place = value
     while isinstance(place, (dict, list)) and place:
         keys = list(place) if isinstance(place, dict) else range(len(place))
@@ -204,7 +324,11 @@ def odd_json(rng: random.Random, content: bytes) -> bytes:
             if rng.random() < 0.2:
                 del place[key]
             elif isinstance(place, dict) and rng.random() < 0.15:
-                place[rng.choice(["x", "", "\ud800", key + "_", "rope_scaling", "use_dora", "rank_pattern"])] = rng.choice(ODD)
+                place[
+                    rng.choice(
+                        ["x", "", "\ud800", key + "_", "rope_scaling", "use_dora", "rank_pattern"]
+                    )
+                ] = rng.choice(ODD)
             else:
                 place[key] = rng.choice(ODD)
             break
@@ -227,20 +351,100 @@ class Evil:
 
 
 def odd_pickle(rng: random.Random, content: bytes) -> bytes:
-    return rng.choice([pickle.dumps(Evil()), pickle.dumps({"model.norm.weight": Evil()}), pickle.dumps([1]), pickle.dumps({"a": 1}),
-                       odd_bytes(rng, content), odd_bytes(rng, content)])
+    return rng.choice(
+        [
+            pickle.dumps(Evil()),
+            pickle.dumps({"model.norm.weight": Evil()}),
+            pickle.dumps([1]),
+            pickle.dumps({"a": 1}),
+            odd_bytes(rng, content),
+            odd_bytes(rng, content),
+        ]
+    )
 
 
 def odd_flags(rng: random.Random) -> list[str]:
     """One or two flags with values that are wrong, or unusual and right. None that makes a legal run of days."""
-    names = ["--ckpt", "--data", "--method", "--scale", "--rank", "--alpha", "--dropout", "--targets", "--loss", "--prompt", "--max-len",
-             "--val-size", "--max-steps", "--batch-size", "--micro-batch-size", "--lr", "--warmup", "--seed", "--device", "--dtype",
-             "--checkpoint-blocks", "--eval-every", "--save-every", "--resume", "--merge", "--export-scale", "--trace", "--out", "--epochs",
-             "--nonsense", "--ra", "--overwrite"]
-    values = ["-1", "0", "1", "2", "0.5", "1.0", "nan", "inf", "-inf", "1e400", "1e-400", "9" * 30, "9" * 5000, str(2**63),
-              "", " ", "x", "../x", "base", "train.json", "tests", "lora", "dora", "prefix", "series", "sqrt", "linear", "q_proj",
-              "self_attn", "lm_head", "cuda", "meta", "cpu:9", "fp32", "bf16",
-              "all", "none", "plain", "answer", "١", "1_0", "a\0b", "\ud800", "x" * 300]
+    names = [
+        "--ckpt",
+        "--data",
+        "--method",
+        "--scale",
+        "--rank",
+        "--alpha",
+        "--dropout",
+        "--targets",
+        "--loss",
+        "--prompt",
+        "--max-len",
+        "--val-size",
+        "--max-steps",
+        "--batch-size",
+        "--micro-batch-size",
+        "--lr",
+        "--warmup",
+        "--seed",
+        "--device",
+        "--dtype",
+        "--checkpoint-blocks",
+        "--eval-every",
+        "--save-every",
+        "--resume",
+        "--merge",
+        "--export-scale",
+        "--trace",
+        "--out",
+        "--epochs",
+        "--nonsense",
+        "--ra",
+        "--overwrite",
+    ]
+    values = [
+        "-1",
+        "0",
+        "1",
+        "2",
+        "0.5",
+        "1.0",
+        "nan",
+        "inf",
+        "-inf",
+        "1e400",
+        "1e-400",
+        "9" * 30,
+        "9" * 5000,
+        str(2**63),
+        "",
+        " ",
+        "x",
+        "../x",
+        "base",
+        "train.json",
+        "tests",
+        "lora",
+        "dora",
+        "prefix",
+        "series",
+        "sqrt",
+        "linear",
+        "q_proj",
+        "self_attn",
+        "lm_head",
+        "cuda",
+        "meta",
+        "cpu:9",
+        "fp32",
+        "bf16",
+        "all",
+        "none",
+        "plain",
+        "answer",
+        "١",
+        "1_0",
+        "a\0b",
+        "\ud800",
+        "x" * 300,
+    ]
     words = []
     for _ in range(rng.choice([1, 1, 2])):
         words += [rng.choice(names), rng.choice(values)]
@@ -269,7 +473,14 @@ def fuzz(folder: Path, count: int, seed: int = 0):
         assert interrupt(3, *flags(inside, "half", **SHORT | {"max_steps": 4})).code == 130
         assert run(*flags(inside, "done", **small)).code == 0
         assert run(*flags(inside, "dora", **small, method="dora", scale="sqrt")).code == 0
-        assert run(*flags(inside, "prefix", **small | {"dropout": None, "alpha": None}, method="prefix")).code == 0
+        assert (
+            run(
+                *flags(
+                    inside, "prefix", **small | {"dropout": None, "alpha": None}, method="prefix"
+                )
+            ).code
+            == 0
+        )
         assert score("done", "--data", "tests").code == 0
     finally:
         os.chdir(cwd)
@@ -288,21 +499,51 @@ def fuzz(folder: Path, count: int, seed: int = 0):
         ("shard", "shards/model-00002-of-00003.safetensors", odd_bytes, train("shards")),
         ("pytorch_model.bin", "bin/pytorch_model.bin", odd_pickle, train("bin")),
         ("tokenizer.model", "base/tokenizer.model", odd_bytes, train()),
-        ("tokenizer of another size", "base/tokenizer.model", lambda rng, _: tokenizer_of_size(rng.choice([300, 310, 330, 500])), train()),
+        (
+            "tokenizer of another size",
+            "base/tokenizer.model",
+            lambda rng, _: tokenizer_of_size(rng.choice([300, 310, 330, 500])),
+            train(),
+        ),
         ("training records", "train.json", odd_json, train()),
-        ("training records, bytes", "train.json", lambda rng, content: odd_bytes(rng, content, 10**9), train()),
+        (
+            "training records, bytes",
+            "train.json",
+            lambda rng, content: odd_bytes(rng, content, 10**9),
+            train(),
+        ),
         ("test questions", "tests/boolq.json", odd_json, judge("done")),
         ("test questions, bytes", "tests/piqa/test.json", odd_bytes, judge("done")),
         ("adapter_config.json", "done/adapter_config.json", odd_json, judge("done")),
-        ("adapter_config.json of another method", "prefix/adapter_config.json", odd_json, judge("prefix")),
+        (
+            "adapter_config.json of another method",
+            "prefix/adapter_config.json",
+            odd_json,
+            judge("prefix"),
+        ),
         ("adapter tensors", "done/adapter_model.safetensors", odd_bytes, judge("done")),
         ("adapter header", "dora/adapter_model.safetensors", odd_header, judge("dora")),
-        ("adapter to merge", "dora/adapter_model.safetensors", odd_bytes, (run, ["--merge", "dora", "--out", "out"])),
+        (
+            "adapter to merge",
+            "dora/adapter_model.safetensors",
+            odd_bytes,
+            (run, ["--merge", "dora", "--out", "out"]),
+        ),
         ("run.json, resumed", "half/run.json", odd_json, (run, ["--resume", "half"])),
         ("run.json, scored", "done/run.json", odd_json, judge("done")),
         ("metrics.jsonl", "half/metrics.jsonl", odd_bytes, (run, ["--resume", "half"])),
-        ("checkpoint: optimizer", f"{step}/optimizer.safetensors", odd_bytes, (run, ["--resume", "half"])),
-        ("checkpoint: adapter", f"{step}/adapter_model.safetensors", odd_bytes, (run, ["--resume", "half"])),
+        (
+            "checkpoint: optimizer",
+            f"{step}/optimizer.safetensors",
+            odd_bytes,
+            (run, ["--resume", "half"]),
+        ),
+        (
+            "checkpoint: adapter",
+            f"{step}/adapter_model.safetensors",
+            odd_bytes,
+            (run, ["--resume", "half"]),
+        ),
         ("checkpoint: state", f"{step}/state.json", odd_json, (run, ["--resume", "half"])),
         ("checkpoint: manifest", f"{step}/MANIFEST.json", odd_json, (run, ["--resume", "half"])),
         ("checkpoint: manifest, scored", f"{step}/MANIFEST.json", odd_bytes, judge(step)),
@@ -316,8 +557,16 @@ def fuzz(folder: Path, count: int, seed: int = 0):
     for i in range(count):
         fault, file, mutate, command = kinds[i % len(kinds)]
         here.mkdir()
-        for name in {"base", "train.json", "tests", "done", file.partition("/")[0] if file else "done"}:
-            (shutil.copytree if (template / name).is_dir() else shutil.copy)(template / name, here / name)
+        for name in {
+            "base",
+            "train.json",
+            "tests",
+            "done",
+            file.partition("/")[0] if file else "done",
+        }:
+            (shutil.copytree if (template / name).is_dir() else shutil.copy)(
+                template / name, here / name
+            )
         os.chdir(here)
         signal.alarm(60)
         try:
@@ -325,12 +574,29 @@ def fuzz(folder: Path, count: int, seed: int = 0):
                 Path(file).write_bytes(mutate(rng, Path(file).read_bytes()))
             else:
                 words = odd_flags(rng)
-                command = (run, [*flags(inside, "out", **small), *words]) if fault == "flags" else (
-                    score, [*rng.choice([["done"], ["--ckpt", "base"], []]), "--data", "tests", "--limit", "3", *words])
+                command = (
+                    (run, [*flags(inside, "out", **small), *words])
+                    if fault == "flags"
+                    else (
+                        score,
+                        [
+                            *rng.choice([["done"], ["--ckpt", "base"], []]),
+                            "--data",
+                            "tests",
+                            "--limit",
+                            "3",
+                            *words,
+                        ],
+                    )
+                )
             before = tree(here)
             result = command[0](*command[1])
             problem = complaint(result)
-            if result.code in (2, 3) and (changed := {k for k, v in tree(here).items() ^ before.items() if not k.endswith(".lock")}):
+            if result.code in (2, 3) and (
+                changed := {
+                    k for k, v in tree(here).items() ^ before.items() if not k.endswith(".lock")
+                }
+            ):
                 problem = problem or f"refused, but wrote {sorted(changed)}"
             if Path("executed").exists():
                 problem = "a pickle was executed"
@@ -345,7 +611,9 @@ def fuzz(folder: Path, count: int, seed: int = 0):
 
 @functools.cache
 def tokenizer_of_size(size: int) -> bytes:
-    return make_tokenizer([r | {"instruction": f"{i} {i * i} {i ** 3}"} for i, r in enumerate(make_records(200))], size)
+    return make_tokenizer(
+        [r | {"instruction": f"{i} {i * i} {i**3}"} for i, r in enumerate(make_records(200))], size
+    )
 
 
 def complaint(result) -> str | None:
@@ -361,7 +629,11 @@ def complaint(result) -> str | None:
 
 def main(parts: list[str]) -> int:
     signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(TimeoutError("a minute")))
-    jobs = {"instants": every_instant, "kills": real_kills, "fuzz": lambda folder: fuzz(folder, 1054)}
+    jobs = {
+        "instants": every_instant,
+        "kills": real_kills,
+        "fuzz": lambda folder: fuzz(folder, 1054),
+    }
     counts: dict[str, list[int]] = {}
     began = time.monotonic()
     for part in parts or jobs:

@@ -15,10 +15,10 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import checkpoints  # noqa: E402
+from plumbing import hf_files as checkpoints, jobs, peft_files  # noqa: E402
 import eval as judge  # noqa: E402
 import rora  # noqa: E402
-import runs  # noqa: E402
+from plumbing import run_folder as runs  # noqa: E402
 from data import format_prompt  # noqa: E402
 from llama import Llama, LlamaConfig, save_llama  # noqa: E402
 
@@ -34,8 +34,14 @@ def make_records(n: int) -> list[dict]:
     for i in range(n):
         answer = ("false", "true")[(i * i + i // 3) % 2]
         question = f"Can {SUBJECTS[i % 8]} {VERBS[i // 8 % 6]}{' well' * (i % 3)}?"
-        records.append({"instruction": f"{question}\n\nAnswer format: true/false", "input": "",
-                        "output": f"the correct answer is {answer}", "answer": answer})
+        records.append(
+            {
+                "instruction": f"{question}\n\nAnswer format: true/false",
+                "input": "",
+                "output": f"the correct answer is {answer}",
+                "answer": answer,
+            }
+        )
     return records
 
 
@@ -43,14 +49,21 @@ def make_tokenizer(records: list[dict], vocab_size: int = 320) -> bytes:
     """A SentencePiece model as LLaMA's is made: BPE, byte fallback, nothing normalised."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([format_prompt(r) + r["output"] for r in records]), model_writer=model, vocab_size=vocab_size,
-        model_type="bpe", byte_fallback=True, normalization_rule_name="identity", hard_vocab_limit=False, minloglevel=2)
+        sentence_iterator=iter([format_prompt(r) + r["output"] for r in records]),
+        model_writer=model,
+        vocab_size=vocab_size,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
     return model.getvalue()
 
 
 class World(NamedTuple):
-    base: Path   # a Hugging Face folder
-    data: Path   # records to train on
+    base: Path  # a Hugging Face folder
+    data: Path  # records to train on
     tests: Path  # boolq.json and piqa/test.json
 
 
@@ -60,8 +73,14 @@ def make_world(folder: Path, n: int = 26) -> World:
     (world.tests / "piqa").mkdir(parents=True)
     world.data.write_text(json.dumps(records))
     (world.tests / "boolq.json").write_text(json.dumps(make_records(11)))
-    piqa = [r | {"instruction": r["instruction"][:-10] + "solution1/solution2", "answer": f"solution{1 + i % 2}"}
-            for i, r in enumerate(make_records(5))]
+    piqa = [
+        r
+        | {
+            "instruction": r["instruction"][:-10] + "solution1/solution2",
+            "answer": f"solution{1 + i % 2}",
+        }
+        for i, r in enumerate(make_records(5))
+    ]
     (world.tests / "piqa" / "test.json").write_text(json.dumps(piqa))
     torch.manual_seed(1)
     save_llama(Llama(CONFIG), world.base)
@@ -71,10 +90,29 @@ def make_world(folder: Path, n: int = 26) -> World:
 
 def flags(world: World, out: Path | str, **changed) -> list[str]:
     """A command line for rora.main: 12 steps in 2 epochs with dropout, micro-batches, validation and three saves."""
-    settings = {"ckpt": world.base, "data": world.data, "out": out, "rank": 4, "alpha": 8, "dropout": 0.1, "epochs": 2, "batch_size": 4,
-                "micro_batch_size": 3, "lr": 1e-2, "warmup": 2, "val_size": 4, "eval_every": 3, "save_every": 5, "device": "cpu"} | changed
-    return [str(word) for key, value in settings.items() if value is not None
-            for word in (f"--{key.replace('_', '-')}", *(value if isinstance(value, list) else [value]))]
+    settings = {
+        "ckpt": world.base,
+        "data": world.data,
+        "out": out,
+        "rank": 4,
+        "alpha": 8,
+        "dropout": 0.1,
+        "epochs": 2,
+        "batch_size": 4,
+        "micro_batch_size": 3,
+        "lr": 1e-2,
+        "warmup": 2,
+        "val_size": 4,
+        "eval_every": 3,
+        "save_every": 5,
+        "device": "cpu",
+    } | changed
+    return [
+        str(word)
+        for key, value in settings.items()
+        if value is not None
+        for word in (f"--{key.replace('_', '-')}", *(value if isinstance(value, list) else [value]))
+    ]
 
 
 class Result(NamedTuple):
@@ -94,7 +132,9 @@ def caught(fd: int):
         text: list[str] = []
         redirect = contextlib.redirect_stdout if fd == 1 else contextlib.redirect_stderr
         try:
-            with redirect(open(fd, "w", encoding="utf-8", closefd=False, errors="backslashreplace")) as mine:
+            with redirect(
+                open(fd, "w", encoding="utf-8", closefd=False, errors="backslashreplace")
+            ) as mine:
                 yield text
                 mine.flush()
         finally:
@@ -125,22 +165,38 @@ def refused(result: Result, code: int, *said: str) -> None:
 
 def tree(folder: Path) -> dict[str, bytes]:
     """Every file below a folder, to show that nothing was written."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
 
 
 def rows(run_folder: Path) -> list[dict]:
     """metrics.jsonl without what differs from one run of a program to the next: wall-clock time and memory."""
     lines = (run_folder / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in ("tok_per_s", "mem_gb", "seconds")} for line in lines]
+    return [
+        {k: v for k, v in json.loads(line).items() if k not in ("tok_per_s", "mem_gb", "seconds")}
+        for line in lines
+    ]
 
 
 def outcome(run_folder: Path) -> dict:
     """All that two equal runs share, byte for byte: adapters, optimizer, random numbers, position, metrics, facts."""
     last = runs.checkpoints(run_folder)[0]
-    record, state = (json.loads(path.read_text()) for path in (run_folder / "run.json", last / "state.json"))
-    files = [run_folder / "adapter_model.safetensors", last / "adapter_model.safetensors", last / "optimizer.safetensors"]
-    return {"best, last, optimizer": [file.read_bytes() for file in files], "step": last.name, "metrics": rows(run_folder),
-            "record": record | {"seconds": None, "commit": None}, "state": state | {"seconds": None}}
+    record, state = (
+        json.loads(path.read_text()) for path in (run_folder / "run.json", last / "state.json")
+    )
+    files = [
+        run_folder / "adapter_model.safetensors",
+        last / "adapter_model.safetensors",
+        last / "optimizer.safetensors",
+    ]
+    return {
+        "best, last, optimizer": [file.read_bytes() for file in files],
+        "step": last.name,
+        "metrics": rows(run_folder),
+        "record": record | {"seconds": None, "commit": None},
+        "state": state | {"seconds": None},
+    }
 
 
 # --- faults ----------------------------------------------------------------------------------------
@@ -173,6 +229,7 @@ def interrupt(step: int, *argv, with_signal: int = signal.SIGINT) -> Result:
 def watched_disk(on):
     """Call on(operation, path) at every instant at which a run can be cut short: before each change of the file system, and
     when a write is half done ("torn"). `on` may raise, or kill the process."""
+
     def before(owner, name, path_of, writes=False):
         original = getattr(owner, name)
 
@@ -193,10 +250,14 @@ def watched_disk(on):
     with contextlib.ExitStack() as stack:
         for name in ("mkdir", "rename", "replace", "unlink", "rmdir"):
             before(os, name, lambda path, *_: path)
-        before(os, "fsync", lambda fd: os.readlink(f"/proc/self/fd/{fd}") if os.path.isdir("/proc/self/fd") else fd)
+        before(
+            os,
+            "fsync",
+            lambda fd: os.readlink(f"/proc/self/fd/{fd}") if os.path.isdir("/proc/self/fd") else fd,
+        )
         before(Path, "write_text", lambda path, *_: path, writes=True)
         before(runs.Metrics, "write", lambda metrics, **row: metrics.file.name, writes=True)
-        for module in (checkpoints, rora):
+        for module in (checkpoints, peft_files, jobs):
             before(module, "save_file", lambda tensors, path, *_: path, writes=True)
         yield
 
@@ -223,6 +284,7 @@ def in_child(work) -> int:
 
 def killed(n: int, *argv) -> int:
     """A real process that runs main(argv) and gets SIGKILL at the n-th instant."""
+
     def on(operation, path, count=[n]):  # noqa: B006, a counter
         count[0] -= 1
         if count[0] < 0:

@@ -27,13 +27,17 @@ class Hub:
 
     def __init__(self, files: dict[str, bytes], host: str = "127.0.0.1"):
         self.files, self.host = files, host
-        self.lfs = {name for name in files if name.endswith((".bin", ".safetensors", ".model", ".pth"))}
+        self.lfs = {
+            name for name in files if name.endswith((".bin", ".safetensors", ".model", ".pth"))
+        }
         self.sha = SHA
         self.requests: list[Request] = []
         self.token = None  # what Authorization must carry, for anything but the API (as for the hub's gated repositories)
         self.status: dict[str, list[int]] = {}  # name -> status codes to answer with first
         self.served: dict[str, bytes] = {}  # name -> other content than the API announces
-        self.cuts: dict[str, list[int]] = {}  # name -> after how many bytes to drop the connection, request by request
+        self.cuts: dict[
+            str, list[int]
+        ] = {}  # name -> after how many bytes to drop the connection, request by request
         self.ranges = True
         self.cdn: Hub | None = None  # big files are sent off to there
         self.stall_after: int | None = None  # bytes of a big file, then nothing until `released`
@@ -45,14 +49,31 @@ class Hub:
         siblings = []
         for name, content in self.files.items():
             entry = {"rfilename": name, "size": len(content), "blobId": git_blob(content)}
-            if name in self.lfs:  # then the blob is a pointer file, and its id says nothing about the content
-                pointer = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 135}
+            if (
+                name in self.lfs
+            ):  # then the blob is a pointer file, and its id says nothing about the content
+                pointer = {
+                    "sha256": hashlib.sha256(content).hexdigest(),
+                    "size": len(content),
+                    "pointerSize": 135,
+                }
                 entry |= {"blobId": git_blob(b"pointer"), "lfs": pointer}
             siblings.append(entry)
         # What misleads a parser made of grep: other "sha" keys, braces and escaped quotes inside of strings.
-        misleading = {"sha": "f" * 40, "text": '{"sha": "\\" }]}, {"rfilename":"x"', "list": [[], {}, [1.5e3, None]]}
+        misleading = {
+            "sha": "f" * 40,
+            "text": '{"sha": "\\" }]}, {"rfilename":"x"',
+            "list": [[], {}, [1.5e3, None]],
+        }
         tags = ["sha", "{", "\u00e9"]
-        model = {"id": repo, "config": misleading, "tags": tags, "sha": self.sha, "siblings": siblings, "end": misleading}
+        model = {
+            "id": repo,
+            "config": misleading,
+            "tags": tags,
+            "sha": self.sha,
+            "siblings": siblings,
+            "end": misleading,
+        }
         return json.dumps(model, indent=self.indent)
 
     def asked(self, ending: str) -> list[Request]:
@@ -65,16 +86,22 @@ class Hub:
             protocol_version = "HTTP/1.1"
 
             def do_GET(self):
-                hub.requests.append(Request(self.path, self.headers["Range"], self.headers["Authorization"]))
+                hub.requests.append(
+                    Request(self.path, self.headers["Range"], self.headers["Authorization"])
+                )
                 hub.on_request()
                 hub.answer(self)
 
             def log_message(self, *args):
                 pass
 
-        self.server = ThreadingHTTPServer((self.host if self.host != "localhost" else "127.0.0.1", 0), Handler)
+        self.server = ThreadingHTTPServer(
+            (self.host if self.host != "localhost" else "127.0.0.1", 0), Handler
+        )
         self.url = f"http://{self.host}:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        threading.Thread(
+            target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+        ).start()
         return self
 
     def __exit__(self, *exc):
@@ -91,7 +118,9 @@ class Hub:
                 return self.send(http, code.pop(0), b'{"error":"as told"}')
             return self.send(http, 200, self.api(repo).encode())
 
-        name = next((n for n in sorted(self.files, key=len, reverse=True) if path.endswith("/" + n)), None)
+        name = next(
+            (n for n in sorted(self.files, key=len, reverse=True) if path.endswith("/" + n)), None
+        )
         if self.token and http.headers["Authorization"] is None:
             return self.send(http, 401, b"Access to this model is restricted.")
         if self.token and http.headers["Authorization"] != f"Bearer {self.token}":

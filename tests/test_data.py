@@ -6,11 +6,30 @@ import re
 import pytest
 from conftest import real_data, words
 
-from data import (HEAD, IGNORE, TASKS, DataError, collate, encode_record, encode_records, epoch_order, extract_answer, find_test_file,
-                  format_prompt, load_examples, load_tokenizer, offered_answers, split_validation)
+from data import (
+    HEAD,
+    IGNORE,
+    TASKS,
+    DataError,
+    collate,
+    encode_record,
+    encode_records,
+    epoch_order,
+    extract_answer,
+    find_test_file,
+    format_prompt,
+    load_examples,
+    load_tokenizer,
+    offered_answers,
+    split_validation,
+)
 
-EXAMPLE = {"instruction": "Please answer the following question with true or false, question: is the sky blue?\n\nAnswer format: true/false",
-           "input": "", "output": "the correct answer is true", "answer": "true"}
+EXAMPLE = {
+    "instruction": "Please answer the following question with true or false, question: is the sky blue?\n\nAnswer format: true/false",
+    "input": "",
+    "output": "the correct answer is true",
+    "answer": "true",
+}
 
 
 @pytest.fixture(scope="module")
@@ -29,14 +48,18 @@ def test_the_prompt_of_dora_is_theirs_byte_for_byte():
     e = {"instruction": "<INS>", "input": ""}
     assert format_prompt(e, "dora", training=True) == (
         "Below is an instruction that describes a task. Write a response that appropriately completes the request.  \n\n"
-        "                ### Instruction:\n                <INS>\n                \n                ### Response:\n                ")
+        "                ### Instruction:\n                <INS>\n                \n                ### Response:\n                "
+    )
     assert format_prompt(e, "dora") == (
         "Below is an instruction that describes a task. Write a response that appropriately completes the request. \n\n"
-        "                ### Instruction:\n                <INS>\n\n                ### Response:\n                ")
+        "                ### Instruction:\n                <INS>\n\n                ### Response:\n                "
+    )
 
 
 def test_an_input_stands_between_instruction_and_response():
-    assert format_prompt(EXAMPLE | {"input": "context"}).endswith("true/false\n\n### Input:\ncontext\n\n### Response:\n")
+    assert format_prompt(EXAMPLE | {"input": "context"}).endswith(
+        "true/false\n\n### Input:\ncontext\n\n### Response:\n"
+    )
 
 
 def test_the_prompts_ids_are_a_prefix_of_the_records_ids(tokenizer):
@@ -48,6 +71,7 @@ def test_the_prompts_ids_are_a_prefix_of_the_records_ids(tokenizer):
 def test_a_split_inside_a_token_is_an_error_and_not_a_guess(tokenizer):
     class Merging:  # a tokenizer that sees one token where prompt and output meet
         encode = staticmethod(lambda text, *, bos, eos: [len(piece) for piece in text.split("\n")])
+
     with pytest.raises(DataError, match="record 5: the tokens of the prompt are not a prefix"):
         encode_record(EXAMPLE, Merging, 256, number=5)
 
@@ -70,11 +94,21 @@ def test_loss_all_learns_prompt_and_answer_and_loss_answer_the_answer_alone(toke
     assert collate([answer]).count == len(learned)
 
 
-def test_rows_of_a_batch_lie_end_to_end_and_the_last_token_of_a_row_predicts_nothing_of_the_next(tokenizer):
-    one, two = (encode_record(EXAMPLE | {"output": o}, tokenizer, 256)[0] for o in ("true", "the correct answer is false"))
+def test_rows_of_a_batch_lie_end_to_end_and_the_last_token_of_a_row_predicts_nothing_of_the_next(
+    tokenizer,
+):
+    one, two = (
+        encode_record(EXAMPLE | {"output": o}, tokenizer, 256)[0]
+        for o in ("true", "the correct answer is false")
+    )
     batch = collate([one, two])
-    assert batch.lengths == [len(one.ids) - 1, len(two.ids) - 1] and len(batch.ids) == sum(batch.lengths)
-    assert batch.targets[batch.lengths[0] - 1] == tokenizer.eos and batch.ids[batch.lengths[0]] == tokenizer.bos
+    assert batch.lengths == [len(one.ids) - 1, len(two.ids) - 1] and len(batch.ids) == sum(
+        batch.lengths
+    )
+    assert (
+        batch.targets[batch.lengths[0] - 1] == tokenizer.eos
+        and batch.ids[batch.lengths[0]] == tokenizer.bos
+    )
 
 
 def test_a_record_that_is_too_long_loses_the_start_of_its_instruction_and_nothing_else(tokenizer):
@@ -87,7 +121,9 @@ def test_a_record_that_is_too_long_loses_the_start_of_its_instruction_and_nothin
 
 
 def test_a_record_whose_instruction_would_vanish_is_dropped_and_counted(tokenizer):
-    records, cut, dropped = encode_records([EXAMPLE, EXAMPLE | {"output": "word " * 300}], tokenizer, 200)
+    records, cut, dropped = encode_records(
+        [EXAMPLE, EXAMPLE | {"output": "word " * 300}], tokenizer, 200
+    )
     assert (len(records), cut, dropped) == (1, 0, 1)
     with pytest.raises(DataError, match="all 1 records are longer"):
         encode_records([EXAMPLE], tokenizer, 8)
@@ -118,39 +154,69 @@ def test_the_validation_split_is_the_same_for_every_seed_and_loses_no_record():
 # --- answers ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("task, text, answer", [
-    ("boolq", "the correct answer is true, not false", "true"), ("boolq", "True", ""), ("boolq", "untrue", "true"),
-    ("piqa", "solution3 or solution2", "solution2"), ("social_i_qa", "answer5", "answer5"), ("winogrande", "answer1", ""),
-    ("hellaswag", "ending4ever", "ending4"), ("openbookqa", "### Instruction: answer2 ### Response: answer3", "answer3"),
-])
-def test_the_first_legal_answer_counts_wherever_it_stands_and_only_in_this_spelling(task, text, answer):
+@pytest.mark.parametrize(
+    "task, text, answer",
+    [
+        ("boolq", "the correct answer is true, not false", "true"),
+        ("boolq", "True", ""),
+        ("boolq", "untrue", "true"),
+        ("piqa", "solution3 or solution2", "solution2"),
+        ("social_i_qa", "answer5", "answer5"),
+        ("winogrande", "answer1", ""),
+        ("hellaswag", "ending4ever", "ending4"),
+        ("openbookqa", "### Instruction: answer2 ### Response: answer3", "answer3"),
+    ],
+)
+def test_the_first_legal_answer_counts_wherever_it_stands_and_only_in_this_spelling(
+    task, text, answer
+):
     assert extract_answer(task, text) == answer
 
 
 def test_an_answer_can_be_legal_and_not_offered():
-    assert offered_answers(EXAMPLE) == {"true", "false"} and offered_answers({"instruction": "no list"}) == set()
+    assert (
+        offered_answers(EXAMPLE) == {"true", "false"}
+        and offered_answers({"instruction": "no list"}) == set()
+    )
 
 
 # --- reading ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("content, said", [
-    ("[", "not valid JSON"), ("{}", "expected a non-empty JSON list"), ("[]", "expected a non-empty JSON list"),
-    ([EXAMPLE, 3], "record 2: expected an object"), ([EXAMPLE, {"instruction": "x", "answer": "y"}], 'record 2: no "output"'),
-    ([EXAMPLE | {"answer": None}], 'record 1: "answer" is NoneType'), ([EXAMPLE | {"output": " "}], 'record 1: "output" is empty'),
-    ([EXAMPLE | {"answer": "yes"}], 'record 1: "answer" is \'yes\', which is not legal for boolq'),
-    ([EXAMPLE | {"instruction": "\ud800"}], "surrogate"), (b"[\xff]", "not UTF-8 at byte 1"),
-])
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        ("[", "not valid JSON"),
+        ("{}", "expected a non-empty JSON list"),
+        ("[]", "expected a non-empty JSON list"),
+        ([EXAMPLE, 3], "record 2: expected an object"),
+        ([EXAMPLE, {"instruction": "x", "answer": "y"}], 'record 2: no "output"'),
+        ([EXAMPLE | {"answer": None}], 'record 1: "answer" is NoneType'),
+        ([EXAMPLE | {"output": " "}], 'record 1: "output" is empty'),
+        (
+            [EXAMPLE | {"answer": "yes"}],
+            "record 1: \"answer\" is 'yes', which is not legal for boolq",
+        ),
+        ([EXAMPLE | {"instruction": "\ud800"}], "surrogate"),
+        (b"[\xff]", "not UTF-8 at byte 1"),
+    ],
+)
 def test_a_bad_record_is_named_by_file_number_and_field(tmp_path, content, said):
     path = tmp_path / "records.json"
-    path.write_bytes(content if isinstance(content, bytes) else (content if isinstance(content, str) else json.dumps(content)).encode())
+    path.write_bytes(
+        content
+        if isinstance(content, bytes)
+        else (content if isinstance(content, str) else json.dumps(content)).encode()
+    )
     with pytest.raises(DataError, match=re.escape(str(path))) as error:
         load_examples(path, "boolq")
     assert said in str(error.value)
 
 
 def test_windows_line_ends_and_byte_order_marks_do_no_harm(tmp_path):
-    (tmp_path / "r.json").write_bytes(b"\xef\xbb\xbf" + json.dumps([EXAMPLE], indent=1).replace("\n", "\r\n").encode())
+    (tmp_path / "r.json").write_bytes(
+        b"\xef\xbb\xbf" + json.dumps([EXAMPLE], indent=1).replace("\n", "\r\n").encode()
+    )
     assert load_examples(tmp_path / "r.json") == [EXAMPLE]
 
 
@@ -159,7 +225,10 @@ def test_tests_are_found_in_either_layout(tmp_path):
     (tmp_path / "boolq/test.json").write_text("[]")
     (tmp_path / "piqa.json").write_text("[]")
     assert find_test_file(tmp_path, "boolq") == tmp_path / "boolq/test.json"
-    assert find_test_file(tmp_path, "piqa") == tmp_path / "piqa.json" and find_test_file(tmp_path, "winogrande") is None
+    assert (
+        find_test_file(tmp_path, "piqa") == tmp_path / "piqa.json"
+        and find_test_file(tmp_path, "winogrande") is None
+    )
 
 
 def test_a_file_that_is_no_tokenizer_is_said_to_be_none(tmp_path):
@@ -182,26 +251,44 @@ def real():
 def test_every_real_test_record_has_a_legal_and_offered_answer(real):
     for task in TASKS.keys() - {"hellaswag"}:  # whose records could not be had
         for e in load_examples(real / "eval" / f"{task}.json", task):
-            assert e["answer"] in offered_answers(e) and e["output"] == f"the correct answer is {e['answer']}"
+            assert (
+                e["answer"] in offered_answers(e)
+                and e["output"] == f"the correct answer is {e['answer']}"
+            )
 
 
 def test_the_longest_real_prompt_has_641_tokens_in_our_wording_and_644_in_doras(real):
     tokenizer, piqa = load_tokenizer(real), load_examples(real / "eval/piqa.json")
-    longest = lambda style: max(len(tokenizer.encode(format_prompt(e, style), bos=True, eos=False)) for e in piqa)
+    longest = lambda style: max(
+        len(tokenizer.encode(format_prompt(e, style), bos=True, eos=False)) for e in piqa
+    )
     assert (longest("clean"), longest("dora")) == (641, 644)
 
 
 @pytest.mark.parametrize("folder", [".", "llama3"])
 def test_prompt_ids_are_a_prefix_on_real_records_with_both_real_tokenizers(real, folder):
     examples = load_examples(real / "train/commonsense_mini.json")[:1500]
-    records, cut, dropped = encode_records(examples, load_tokenizer(real / folder), 256, "answer")  # raises where they are not
+    records, cut, dropped = encode_records(
+        examples, load_tokenizer(real / folder), 256, "answer"
+    )  # raises where they are not
     assert (len(records), dropped) == (1500, 0) and cut <= 1
 
 
 def test_llama_3_cuts_text_into_the_pieces_that_meta_says(real):
     """The crosscheck suite compares with tiktoken at length; these ids were read off it."""
     tokenizer = load_tokenizer(real / "llama3")
-    assert tokenizer.encode("Hello world <s> 123456", bos=True, eos=True) == [128000, 9906, 1917, 366, 82, 29, 220, 4513, 10961, 128001]
+    assert tokenizer.encode("Hello world <s> 123456", bos=True, eos=True) == [
+        128000,
+        9906,
+        1917,
+        366,
+        82,
+        29,
+        220,
+        4513,
+        10961,
+        128001,
+    ]
     text = "l'été, 12345 naïve 漢字\r\n\n  <|end_of_text|> ſs"
     assert tokenizer.decode(tokenizer.encode(text, bos=True, eos=True)) == text
     assert max(tokenizer.encode(text, bos=False, eos=False)) < 128000

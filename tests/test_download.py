@@ -16,8 +16,18 @@ SCRIPT = Path(__file__).resolve().parents[1] / "weights_download.sh"
 TOKEN = "hf_thisMustNeverBeSeen"
 BIG = os.urandom(1 << 16)  # curl writes through a 4 KB buffer: what is killed midway must be larger
 SMALL = b'{"hidden_size": 64}\n'
-MODEL = {"config.json": SMALL, "generation_config.json": b"{}", "tokenizer.model": b"pieces", "pytorch_model.bin": BIG}
-CLUTTER = {"README.md": b"-", "tokenizer.json": b"{}", "consolidated.00.pth": b"-" * 9, "flax_model.msgpack": b"-" * 9}
+MODEL = {
+    "config.json": SMALL,
+    "generation_config.json": b"{}",
+    "tokenizer.model": b"pieces",
+    "pytorch_model.bin": BIG,
+}
+CLUTTER = {
+    "README.md": b"-",
+    "tokenizer.json": b"{}",
+    "consolidated.00.pth": b"-" * 9,
+    "flax_model.msgpack": b"-" * 9,
+}
 NAME = "sheared-llama-1.3b"  # for what holds for every name; in these tests it is asked for at the branch "main"
 
 
@@ -25,16 +35,29 @@ NAME = "sheared-llama-1.3b"  # for what holds for every name; in these tests it 
 def home(tmp_path):
     """A folder with the script in it: checkpoints/ and data/ appear beside the script."""
     shutil.copy(SCRIPT, tmp_path)
-    (tmp_path / "tmp").mkdir()  # for the script's own temporary files: folder(home) shows it if they stay
+    (
+        tmp_path / "tmp"
+    ).mkdir()  # for the script's own temporary files: folder(home) shows it if they stay
     return tmp_path
 
 
 def command(home, hub, *arguments, **env):
     """-> arguments for subprocess. Nothing of this machine's environment but PATH: no proxy, no token of a real person."""
     url = hub.url if hub else "http://127.0.0.1:9"  # port 9: nobody there
-    ours = {"HF_ENDPOINT": url, "GITHUB_RAW": url, "RETRY_SECONDS": "0", "TMPDIR": str(home / "tmp"), "HOME": str(home)}
+    ours = {
+        "HF_ENDPOINT": url,
+        "GITHUB_RAW": url,
+        "RETRY_SECONDS": "0",
+        "TMPDIR": str(home / "tmp"),
+        "HOME": str(home),
+    }
     env = {"PATH": os.environ["PATH"]} | ours | env
-    return {"args": ["bash", str(home / SCRIPT.name), *arguments], "env": env, "cwd": "/", "text": True}
+    return {
+        "args": ["bash", str(home / SCRIPT.name), *arguments],
+        "env": env,
+        "cwd": "/",
+        "text": True,
+    }
 
 
 def run(home, hub, *arguments, **env):
@@ -66,7 +89,15 @@ def test_the_list_names_every_checkpoint_and_asks_nobody(home):
         assert re.search(rf"^{re.escape(name)} +[\d.]+ GB", done.stdout, re.M)
 
 
-WRONG = ["", "gpt-2", "--fast", "llama-7b data", "llama-7b --revision", "data@main", "llama-7b@../x"]
+WRONG = [
+    "",
+    "gpt-2",
+    "--fast",
+    "llama-7b data",
+    "llama-7b --revision",
+    "data@main",
+    "llama-7b@../x",
+]
 
 
 @pytest.mark.parametrize("arguments", WRONG)
@@ -88,8 +119,13 @@ def test_a_checkpoint_is_config_tokenizer_and_weights_and_nothing_else(home, ind
 
 def test_safetensors_are_preferred_and_the_index_names_the_shards(home):
     shards = {f"model-0000{i}-of-00002.safetensors": os.urandom(3000 + i) for i in (1, 2)}
-    weight_map = b", ".join(b'"layer/%d":\n "%s"' % (i, name.encode()) for i, name in enumerate([*shards, *shards]))
-    index = {"model.safetensors.index.json": b'{"metadata": {"total_size": 9}, "weight_map": {%s}}' % weight_map}
+    weight_map = b", ".join(
+        b'"layer/%d":\n "%s"' % (i, name.encode()) for i, name in enumerate([*shards, *shards])
+    )
+    index = {
+        "model.safetensors.index.json": b'{"metadata": {"total_size": 9}, "weight_map": {%s}}'
+        % weight_map
+    }
     stray = {"model-00001-of-00009.safetensors": b"of another set"}
     with Hub(MODEL | shards | index | stray) as hub:
         assert run(home, hub, at_main("llama-7b")).returncode == 0
@@ -101,10 +137,19 @@ def test_safetensors_are_preferred_and_the_index_names_the_shards(home):
 
 
 def test_llama_3_keeps_its_tokenizer_among_metas_own_files(home):
-    files = {"config.json": SMALL, "original/tokenizer.model": b"ranks", "tokenizer.json": b"{}", "model.safetensors": BIG}
+    files = {
+        "config.json": SMALL,
+        "original/tokenizer.model": b"ranks",
+        "tokenizer.json": b"{}",
+        "model.safetensors": BIG,
+    }
     with Hub(files | {"original/consolidated.00.pth": b"-"}) as hub:
         assert run(home, hub, at_main("llama3-8b")).returncode == 0
-    assert is_model(home, "llama3-8b", {"config.json": SMALL, "tokenizer.model": b"ranks", "model.safetensors": BIG})
+    assert is_model(
+        home,
+        "llama3-8b",
+        {"config.json": SMALL, "tokenizer.model": b"ranks", "model.safetensors": BIG},
+    )
 
 
 def test_a_dry_run_tells_the_sizes_and_writes_nothing(home):
@@ -181,7 +226,9 @@ def test_a_resumed_download_stays_with_its_commit_when_the_branch_moves_on(home)
 
 def test_known_hashes_are_believed_more_than_the_hub(home):
     files = MODEL | {"model-00001-of-00002.safetensors": BIG}
-    files["model.safetensors.index.json"] = b'{"weight_map": {"a": "model-00001-of-00002.safetensors"}}'
+    files["model.safetensors.index.json"] = (
+        b'{"weight_map": {"a": "model-00001-of-00002.safetensors"}}'
+    )
     with Hub(files) as hub:
         hub.sha = "01c7f73d771dfac7d292323805ebc428287df4f9"
         done = run(home, hub, "llama2-7b")
@@ -196,7 +243,11 @@ def test_a_connection_cut_in_mid_file_is_taken_up_at_the_next_byte(home):
     with Hub(MODEL) as hub:
         hub.cuts["pytorch_model.bin"] = [20_000, 30_000]
         assert run(home, hub, at_main()).returncode == 0
-    assert [request.range for request in hub.asked(".bin")] == [None, "bytes=20000-", "bytes=50000-"]
+    assert [request.range for request in hub.asked(".bin")] == [
+        None,
+        "bytes=20000-",
+        "bytes=50000-",
+    ]
     assert is_model(home)
 
 
@@ -208,7 +259,9 @@ def test_a_killed_download_leaves_its_part_and_the_next_run_resumes_it(home, sen
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "start_new_session": True}
         with subprocess.Popen(**command(home, hub, at_main()), **pipes) as process:
             deadline = time.monotonic() + 10
-            while not (part.exists() and part.stat().st_size > 30_000) and time.monotonic() < deadline:
+            while (
+                not (part.exists() and part.stat().st_size > 30_000) and time.monotonic() < deadline
+            ):
                 time.sleep(0.02)
             os.killpg(process.pid, sent)
             process.communicate(timeout=10)
@@ -269,7 +322,9 @@ def test_no_network_is_one_line(home):
 # -------------------------------------------------------------------------------- wrong content
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "config.json"])  # a sha256, and git's blob id
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "config.json"]
+)  # a sha256, and git's blob id
 @pytest.mark.parametrize("wrong", [bytes.swapcase, lambda content: content + b"more"])
 def test_content_with_another_hash_never_gets_its_name(home, name, wrong):
     files = MODEL | {"pytorch_model.bin": b"weights" * 9000}
@@ -294,7 +349,9 @@ def test_a_resumed_file_is_checked_as_a_whole(home):
     assert is_model(home)
 
 
-@pytest.mark.parametrize("name", ["../evil", "/tmp/evil", "sub/evil", ".evil", "a b", "$(id)", "\\u002e\\u002e/x", ""])
+@pytest.mark.parametrize(
+    "name", ["../evil", "/tmp/evil", "sub/evil", ".evil", "a b", "$(id)", "\\u002e\\u002e/x", ""]
+)
 def test_an_unsafe_file_name_is_refused(home, name):
     index = b'{"weight_map": {"a": "%s"}}' % name.encode()
     small = {"config.json": SMALL, "tokenizer.model": b"t", "model.safetensors.index.json": index}
@@ -325,7 +382,10 @@ def test_a_404_names_the_page_to_look_at(home):
         hub.status = {"api": [404]}
         done = run(home, hub, NAME)
     assert done.returncode == 1
-    assert "404" in done.stderr and "https://huggingface.co/princeton-nlp/Sheared-LLaMA-1.3B" in done.stderr
+    assert (
+        "404" in done.stderr
+        and "https://huggingface.co/princeton-nlp/Sheared-LLaMA-1.3B" in done.stderr
+    )
 
 
 # -------------------------------------------------------------------------------- the token
@@ -343,8 +403,17 @@ def test_a_gated_repository_is_one_line_with_the_page_to_accept(home, env, statu
 
 @pytest.mark.parametrize("place", ["HF_TOKEN", "HF_HOME", "HOME"])
 def test_the_token_is_found_in_the_environment_or_where_the_hubs_tools_keep_it(home, place):
-    env = {"HF_TOKEN": TOKEN} if place == "HF_TOKEN" else {"HF_HOME": str(home / "hf")} if place == "HF_HOME" else {}
-    file = {"HF_HOME": home / "hf" / "token", "HOME": home / ".cache" / "huggingface" / "token"}.get(place)
+    env = (
+        {"HF_TOKEN": TOKEN}
+        if place == "HF_TOKEN"
+        else {"HF_HOME": str(home / "hf")}
+        if place == "HF_HOME"
+        else {}
+    )
+    file = {
+        "HF_HOME": home / "hf" / "token",
+        "HOME": home / ".cache" / "huggingface" / "token",
+    }.get(place)
     if file:
         file.parent.mkdir(parents=True)
         file.write_text(TOKEN + "\n")
@@ -362,7 +431,9 @@ def test_the_token_does_not_follow_a_redirect_to_another_host(home):
     assert is_model(home)
     assert [request.range for request in cdn.asked(".bin")] == [None, "bytes=20000-"]
     assert {request.authorization for request in cdn.requests} == {None}
-    assert {request.authorization for request in hub.requests} == {f"Bearer {TOKEN}"}  # also after a redirect to itself
+    assert {request.authorization for request in hub.requests} == {
+        f"Bearer {TOKEN}"
+    }  # also after a redirect to itself
     assert hub.asked("/cache/config.json")
 
 
@@ -382,7 +453,9 @@ def command_lines():
         except OSError:  # it has just ended
             pass
     if not Path("/proc").exists():
-        yield from subprocess.run(["ps", "-axww", "-o", "command"], capture_output=True, text=True).stdout.splitlines()
+        yield from subprocess.run(
+            ["ps", "-axww", "-o", "command"], capture_output=True, text=True
+        ).stdout.splitlines()
 
 
 def test_a_token_that_could_smuggle_in_an_option_is_refused(home):
@@ -396,26 +469,39 @@ def test_a_token_that_could_smuggle_in_an_option_is_refused(home):
 
 def test_too_little_space_is_said_before_anything_is_fetched(home):
     (home / "bin").mkdir()
-    (home / "bin" / "df").write_text("#!/bin/sh\necho the usual header\necho map auto home 100 41 59 41% /a b\n")
+    (home / "bin" / "df").write_text(
+        "#!/bin/sh\necho the usual header\necho map auto home 100 41 59 41% /a b\n"
+    )
     (home / "bin" / "df").chmod(0o755)
     with Hub(MODEL) as hub:
         done = run(home, hub, at_main(), PATH=f"{home / 'bin'}:{os.environ['PATH']}")
-        assert done.returncode == 1 and "not enough space" in done.stderr and f"{59 * 1024} B free" in done.stderr
+        assert (
+            done.returncode == 1
+            and "not enough space" in done.stderr
+            and f"{59 * 1024} B free" in done.stderr
+        )
         assert len(hub.requests) == 1 and not (home / "checkpoints").exists()
         # What is there in part is not needed again: 68 KB less 20 KB fit into 59 KB.
         there = home / "checkpoints" / NAME
         there.mkdir(parents=True)
         (there / "pytorch_model.bin.part").write_bytes(BIG[:20_000])
-        assert run(home, hub, at_main(), PATH=f"{home / 'bin'}:{os.environ['PATH']}").returncode == 0
+        assert (
+            run(home, hub, at_main(), PATH=f"{home / 'bin'}:{os.environ['PATH']}").returncode == 0
+        )
 
 
 @pytest.mark.parametrize("signal_kills", [True, False])
 def test_a_disk_that_fills_up_keeps_the_part(home, signal_kills):
     """A limit on file size stands in for a full disk: the write fails (or, by default, a signal says so)."""
     size = (30_000, 30_000)
-    limit = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, size), "restore_signals": signal_kills}
+    limit = {
+        "preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, size),
+        "restore_signals": signal_kills,
+    }
     with Hub(MODEL) as hub:
-        done = subprocess.run(**command(home, hub, at_main()), **limit, capture_output=True, timeout=30)
+        done = subprocess.run(
+            **command(home, hub, at_main()), **limit, capture_output=True, timeout=30
+        )
         assert done.returncode == 1 and "disk full" in done.stderr
         part = (home / "checkpoints" / NAME / "pytorch_model.bin.part").read_bytes()
         assert 20_000 < len(part) <= 30_000 and BIG.startswith(part)
@@ -432,14 +518,29 @@ def test_a_folder_that_cannot_be_made_is_one_line(home):
 
 # -------------------------------------------------------------------------------- the data
 
-TASKS = ["boolq", "piqa", "social_i_qa", "hellaswag", "winogrande", "ARC-Easy", "ARC-Challenge", "openbookqa"]
-DATA = {"ft-training_set/commonsense_170k.json": BIG} | {f"dataset/{task}/test.json": task.encode() * 100 for task in TASKS}
+TASKS = [
+    "boolq",
+    "piqa",
+    "social_i_qa",
+    "hellaswag",
+    "winogrande",
+    "ARC-Easy",
+    "ARC-Challenge",
+    "openbookqa",
+]
+DATA = {"ft-training_set/commonsense_170k.json": BIG} | {
+    f"dataset/{task}/test.json": task.encode() * 100 for task in TASKS
+}
 
 
 def test_the_data_is_one_training_file_and_eight_test_sets_and_github_gets_no_token(home):
     script = (home / SCRIPT.name).read_text()
-    rows = "\n".join(f"{path} ~{len(content)} {git_blob(content)}" for path, content in DATA.items())
-    (home / SCRIPT.name).write_text(re.sub(r"\nDATA='\n.*?'\n", f"\nDATA='\n{rows}'\n", script, count=1, flags=re.S))
+    rows = "\n".join(
+        f"{path} ~{len(content)} {git_blob(content)}" for path, content in DATA.items()
+    )
+    (home / SCRIPT.name).write_text(
+        re.sub(r"\nDATA='\n.*?'\n", f"\nDATA='\n{rows}'\n", script, count=1, flags=re.S)
+    )
     with Hub(DATA) as hub:
         hub.cuts["ft-training_set/commonsense_170k.json"] = [20_000]
         run(home, hub, "--dry-run", "data")
@@ -447,10 +548,14 @@ def test_the_data_is_one_training_file_and_eight_test_sets_and_github_gets_no_to
         done = run(home, hub, "data", HF_TOKEN=TOKEN, HF_ENDPOINT="http://127.0.0.1:9")
         assert done.returncode == 0
         assert run(home, hub, "data").stdout.count("already there") == 9
-    assert folder(home / "data") == {path.partition("/")[2]: content for path, content in DATA.items()}
+    assert folder(home / "data") == {
+        path.partition("/")[2]: content for path, content in DATA.items()
+    }
     assert {request.authorization for request in hub.requests} == {None}
     pinned = "/AGI-Edgerunners/LLM-Adapters/816657208af4db747803f87ba40a4c71383fed7a/"
-    assert all(request.path.startswith(pinned) for request in hub.requests) and len(hub.requests) == 10
+    assert (
+        all(request.path.startswith(pinned) for request in hub.requests) and len(hub.requests) == 10
+    )
 
 
 def test_other_data_than_the_published_is_refused(home):
@@ -467,4 +572,6 @@ def test_the_script_keeps_to_bash_3_2():
     """macOS ships it: no associative arrays, mapfile, ${x,,}, |&, or local -n."""
     text = SCRIPT.read_text()
     assert not re.search(r"declare -A|local -[An]|mapfile|readarray|\$\{\w+(,,|\^\^)|\|&|&>>", text)
-    assert subprocess.run(["bash", "-n", str(SCRIPT)]).returncode == 0 and os.access(SCRIPT, os.X_OK)
+    assert subprocess.run(["bash", "-n", str(SCRIPT)]).returncode == 0 and os.access(
+        SCRIPT, os.X_OK
+    )

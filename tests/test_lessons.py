@@ -17,44 +17,81 @@ import rows
 import sweep
 import tables
 
-from flags import FlagError
+from plumbing.flags import FlagError
 
 # --- the paper's tables ----------------------------------------------------------------------------
 
 
 def test_three_of_the_papers_averages_are_misprints_and_two_are_ties():
-    found = {(r["table"], r["model"], r["rank"], r["method"]): (tables.verdict(r["average"], tables.average(r)), float(tables.average(r)))
-             for r in tables.paper()}
+    found = {
+        (r["table"], r["model"], r["rank"], r["method"]): (
+            tables.verdict(r["average"], tables.average(r)),
+            float(tables.average(r)),
+        )
+        for r in tables.paper()
+    }
     assert len(found) == 18 + 15
     assert {k: v for k, v in found.items() if v[0] != "ok"} == {
-        ("I", "LLaMA-7B", "–", "Parallel"): ("tie", 72.25), ("I", "LLaMA-13B", "–", "Parallel"): ("misprint", 81.475),
-        ("II", "Sheared-LLaMA-1.3B", "16", "LoRA"): ("misprint", 51.1625), ("II", "Sheared-LLaMA-1.3B", "16", "DoRA"): ("tie", 52.75),
-        ("II", "Sheared-LLaMA-1.3B", "32", "DoRA"): ("misprint", 53.2)}
+        ("I", "LLaMA-7B", "–", "Parallel"): ("tie", 72.25),
+        ("I", "LLaMA-13B", "–", "Parallel"): ("misprint", 81.475),
+        ("II", "Sheared-LLaMA-1.3B", "16", "LoRA"): ("misprint", 51.1625),
+        ("II", "Sheared-LLaMA-1.3B", "16", "DoRA"): ("tie", 52.75),
+        ("II", "Sheared-LLaMA-1.3B", "32", "DoRA"): ("misprint", 53.2),
+    }
 
 
 def test_two_of_the_abstracts_four_differences_do_not_follow_from_the_tables():
     exact = {printed: tables.delta(model, other) for _, printed, model, other in tables.DELTAS}
-    assert exact == {"6.5": Fraction("6.6"), "2.9": Fraction("2.925"), "5.7": Fraction("5.675"), "3.9": Fraction("3.7125")}
+    assert exact == {
+        "6.5": Fraction("6.6"),
+        "2.9": Fraction("2.925"),
+        "5.7": Fraction("5.675"),
+        "3.9": Fraction("3.7125"),
+    }
     assert [p for p, x in exact.items() if tables.verdict(p, x) == "misprint"] == ["6.5", "3.9"]
 
 
 def test_of_500_questions_no_count_gives_an_odd_tenth():
-    impossible = {r["openbookqa"] for r in tables.paper() if not tables.possible(r["openbookqa"], 500)}
+    impossible = {
+        r["openbookqa"] for r in tables.paper() if not tables.possible(r["openbookqa"], 500)
+    }
     assert impossible == {"85.3", "44.9", "62.1", "62.7", "61.7", "64.3", "63.1"}
-    assert all(tables.possible(r[t], n) for r in tables.paper() for t, n in tables.TASKS.items() if t != "openbookqa")
+    assert all(
+        tables.possible(r[t], n)
+        for r in tables.paper()
+        for t, n in tables.TASKS.items()
+        if t != "openbookqa"
+    )
 
 
 def test_a_scored_run_of_a_paper_model_takes_its_place_under_the_papers_row(tmp_path, capsys):
     run = tmp_path / "llama-7b-rora-r128-s0"
     (run / "eval").mkdir(parents=True)
-    settings = {"ckpt": "checkpoints/llama-7b", "method": "rora", "scale": "sqrt", "rank": 128, "lr": 2e-4, "seed": 0}
-    (run / "run.json").write_text(json.dumps({"settings": settings, "base_sha256": "x", "data_sha256": "y"}))
+    settings = {
+        "ckpt": "checkpoints/llama-7b",
+        "method": "rora",
+        "scale": "sqrt",
+        "rank": 128,
+        "lr": 2e-4,
+        "seed": 0,
+    }
+    (run / "run.json").write_text(
+        json.dumps({"settings": settings, "base_sha256": "x", "data_sha256": "y"})
+    )
     scores = {t: {"accuracy": 50.0 + i, "n": 10} for i, t in enumerate(tables.TASKS)}
     (run / "eval/results.json").write_text(json.dumps({"mean": 53.5, "tasks": scores, "limit": 10}))
     assert tables.main(["--results", str(tmp_path), "--runs", str(run), str(tmp_path)]) == 0
     out, err = capsys.readouterr()
-    below = out.splitlines()[1 + next(i for i, line in enumerate(out.splitlines()) if line.startswith("| LLaMA-7B | RoRA |"))]
-    assert below == "| LLaMA-7B | RoRA | 128 | ours, lr 0.0002 | 1 | 80 | 50.0 | 51.0 | 52.0 | 53.0 | 54.0 | 55.0 | 56.0 | 57.0 | **53.5** |"
+    below = out.splitlines()[
+        1
+        + next(
+            i for i, line in enumerate(out.splitlines()) if line.startswith("| LLaMA-7B | RoRA |")
+        )
+    ]
+    assert (
+        below
+        == "| LLaMA-7B | RoRA | 128 | ours, lr 0.0002 | 1 | 80 | 50.0 | 51.0 | 52.0 | 53.0 | 54.0 | 55.0 | 56.0 | 57.0 | **53.5** |"
+    )
     assert "| LLaMA-7B | LoRA | – | ours |" + 11 * " – |" in out and "is not a scored run" in err
 
 
@@ -62,8 +99,20 @@ def test_a_scored_run_of_a_paper_model_takes_its_place_under_the_papers_row(tmp_
 
 
 def asked(mode: str, ckpt: Path, **given) -> argparse.Namespace:
-    return argparse.Namespace(**{"mode": mode, "ckpt": str(ckpt), "methods": rows.METHODS, "ranks": None, "lrs": None, "seeds": None,
-                                 "alpha": None, "max_steps": None, "limit": None} | given)
+    return argparse.Namespace(
+        **{
+            "mode": mode,
+            "ckpt": str(ckpt),
+            "methods": rows.METHODS,
+            "ranks": None,
+            "lrs": None,
+            "seeds": None,
+            "alpha": None,
+            "max_steps": None,
+            "limit": None,
+        }
+        | given
+    )
 
 
 def checkpoint(folder: Path, weights: bytes = b"one") -> Path:
@@ -78,13 +127,40 @@ def result(job: dict, test: float = 50.0, val: float = 50.0, **other) -> dict:
     row = {k: job[k] for k in ("ckpt", "checkpoint", "questions", "limit", "settings")}
     s = row["settings"]
     scores = {"test": test, "val": val, "strict": test}
-    row |= {split: {"mean": scores[split], "n": 8, "unanswered": 0, "tasks": dict.fromkeys(tables.TASKS, scores[split])} for split in job["splits"]}
-    return row | {"diverged": False, "scale": s["alpha"] / s["rank"] ** (0.5 if s["method"] == "rora" else 1), "val_loss": 1.0, "tokens": 9,
-                  "seconds": 1.0, "score_seconds": 1.0, "device": "cpu", "loss_every": 1, "loss": [2.0, 1.0]} | other
+    row |= {
+        split: {
+            "mean": scores[split],
+            "n": 8,
+            "unanswered": 0,
+            "tasks": dict.fromkeys(tables.TASKS, scores[split]),
+        }
+        for split in job["splits"]
+    }
+    return (
+        row
+        | {
+            "diverged": False,
+            "scale": s["alpha"] / s["rank"] ** (0.5 if s["method"] == "rora" else 1),
+            "val_loss": 1.0,
+            "tokens": 9,
+            "seconds": 1.0,
+            "score_seconds": 1.0,
+            "device": "cpu",
+            "loss_every": 1,
+            "loss": [2.0, 1.0],
+        }
+        | other
+    )
 
 
 def test_the_five_ranks_go_from_4_to_the_width():
-    assert sweep.rank_axis(192) == [4, 8, 32, 64, 192] and sweep.rank_axis(128) == [4, 8, 16, 64, 128]
+    assert sweep.rank_axis(192) == [4, 8, 32, 64, 192] and sweep.rank_axis(128) == [
+        4,
+        8,
+        16,
+        64,
+        128,
+    ]
 
 
 def test_fig1_is_45_runs_and_what_is_done_is_not_run_again(tmp_path):
@@ -93,13 +169,20 @@ def test_fig1_is_45_runs_and_what_is_done_is_not_run_again(tmp_path):
     done = [result(j) for j in jobs[:40]]
     assert sweep.pending(jobs, done) == jobs[40:]
     less = [{k: v for k, v in done[0].items() if k != "strict"}, *done[1:]]
-    assert sweep.pending(jobs, less) == [jobs[0], *jobs[40:]]  # the strict questions were never asked
-    assert sweep.pending(jobs, [{**done[0], "diverged": True, "test": None}]) == jobs[1:]  # nor can be
+    assert sweep.pending(jobs, less) == [
+        jobs[0],
+        *jobs[40:],
+    ]  # the strict questions were never asked
+    assert (
+        sweep.pending(jobs, [{**done[0], "diverged": True, "test": None}]) == jobs[1:]
+    )  # nor can be
 
 
 def test_results_of_another_checkpoint_count_for_nothing(tmp_path, capsys):
     before = [result(j, test=10) for j in sweep.plan(asked("fig1", checkpoint(tmp_path)), [])]
-    jobs = sweep.plan(asked("fig1", checkpoint(tmp_path, b"two")), [])  # the same sizes and names, other weights
+    jobs = sweep.plan(
+        asked("fig1", checkpoint(tmp_path, b"two")), []
+    )  # the same sizes and names, other weights
     assert sweep.pending(jobs, before) == jobs
     for row in before + [result(jobs[0], test=90)]:
         rows.append(tmp_path / "sweep.jsonl", row)
@@ -111,12 +194,18 @@ def test_results_of_another_checkpoint_count_for_nothing(tmp_path, capsys):
 
 def test_the_row_is_chosen_by_validation_questions_alone_one_change_at_a_time(tmp_path):
     jobs = sweep.plan(asked("row", checkpoint(tmp_path)), [])
-    assert {tuple(j["splits"]) for j in jobs} == {("val",)} and len({rows.key(j) for j in jobs}) == len({j["name"] for j in jobs}) == len(jobs)
+    assert {tuple(j["splits"]) for j in jobs} == {("val",)} and len(
+        {rows.key(j) for j in jobs}
+    ) == len({j["name"] for j in jobs}) == len(jobs)
     base = jobs[0]["settings"]
     tried = {name for j in jobs for name, value in j["settings"].items() if value != base[name]}
     assert tried == {"alpha", "lr", "warmup", "epochs", "seed"}
-    table = sweep.row_table(jobs, [result(j, val=60 + 10 * j["settings"]["seed"]) for j in jobs[:4]])
-    assert [line.split("|")[6:8] for line in table.splitlines()[2:]] == [[" 60.0 70.0 ", " 65.0 "]] * 2
+    table = sweep.row_table(
+        jobs, [result(j, val=60 + 10 * j["settings"]["seed"]) for j in jobs[:4]]
+    )
+    assert [line.split("|")[6:8] for line in table.splitlines()[2:]] == [
+        [" 60.0 70.0 ", " 65.0 "]
+    ] * 2
 
 
 def test_a_line_cut_short_by_a_crash_is_passed_over(tmp_path):
@@ -128,36 +217,76 @@ def test_a_line_cut_short_by_a_crash_is_passed_over(tmp_path):
 
 
 def test_the_best_lr_is_chosen_by_validation_and_on_seeds_that_all_lrs_share(tmp_path):
-    args = asked("grid", checkpoint(tmp_path), lrs=[1e-3, 1e-2], ranks=[4], methods=["rora"], seeds=[0])
+    args = asked(
+        "grid", checkpoint(tmp_path), lrs=[1e-3, 1e-2], ranks=[4], methods=["rora"], seeds=[0]
+    )
     low, high = sweep.plan(args, [])
     found = [result(low, test=90, val=40), result(high, test=10, val=60)]
-    lucky = result(sweep.plan(asked("fig1", tmp_path, lrs=[1e-3], ranks=[4], methods=["rora"], seeds=[1]), [])[0], val=99)
+    lucky = result(
+        sweep.plan(asked("fig1", tmp_path, lrs=[1e-3], ranks=[4], methods=["rora"], seeds=[1]), [])[
+            0
+        ],
+        val=99,
+    )
     assert rows.best_lr(found + [lucky], "rora", 4) == 1e-2
     assert rows.at_edge(found) == [("rora", 4, 1e-2)]
 
 
 def test_the_two_best_lrs_of_one_seed_meet_again_over_three(tmp_path):
-    args = asked("grid", checkpoint(tmp_path), lrs=[1e-3, 2e-3, 1e-2], ranks=[4], methods=["rora"], seeds=[0, 1, 2])
+    args = asked(
+        "grid",
+        checkpoint(tmp_path),
+        lrs=[1e-3, 2e-3, 1e-2],
+        ranks=[4],
+        methods=["rora"],
+        seeds=[0, 1, 2],
+    )
     vals = {1e-3: [95, 80, 80], 2e-3: [94, 92, 92], 1e-2: [10, 99, 99]}
-    found = [result(j, val=vals[j["settings"]["lr"]][j["settings"]["seed"]]) for j in sweep.plan(args, [])]
+    found = [
+        result(j, val=vals[j["settings"]["lr"]][j["settings"]["seed"]])
+        for j in sweep.plan(args, [])
+    ]
     first = [r for r in found if r["settings"]["seed"] == 0]
     assert rows.best_lr(first, "rora", 4) == 1e-3
     best = asked("best", tmp_path, ranks=[4], methods=["rora"], lrs=args.lrs)
     jobs = sweep.plan(best, first)
-    assert [(j["settings"]["seed"], j["settings"]["lr"]) for j in jobs] == [(seed, lr) for seed in (0, 1, 2) for lr in (1e-3, 2e-3)]
+    assert [(j["settings"]["seed"], j["settings"]["lr"]) for j in jobs] == [
+        (seed, lr) for seed in (0, 1, 2) for lr in (1e-3, 2e-3)
+    ]
     assert [j["settings"]["seed"] for j in sweep.pending(jobs, first)] == [1, 1, 2, 2]
     asked_for = {rows.key(j) for j in jobs}
     assert rows.best_lr([r for r in found if rows.key(r) in asked_for] + first, "rora", 4) == 2e-3
-    third = sweep.plan(asked("grid", tmp_path, lrs=[5e-3], ranks=[4], methods=["rora"], seeds=[0, 1, 2]), [])  # run thrice for another rank's sake
-    assert rows.best_lr([r for r in found if rows.key(r) in asked_for] + first + [result(j, val=93.5) for j in third], "rora", 4) == 5e-3
+    third = sweep.plan(
+        asked("grid", tmp_path, lrs=[5e-3], ranks=[4], methods=["rora"], seeds=[0, 1, 2]), []
+    )  # run thrice for another rank's sake
+    assert (
+        rows.best_lr(
+            [r for r in found if rows.key(r) in asked_for]
+            + first
+            + [result(j, val=93.5) for j in third],
+            "rora",
+            4,
+        )
+        == 5e-3
+    )
     with pytest.raises(SystemExit, match="the grid of rora at rank 4 has no lr 0.0005 yet"):
-        sweep.plan(asked("best", tmp_path, ranks=[4], methods=["rora"]), first)  # the whole grid, where none is named
+        sweep.plan(
+            asked("best", tmp_path, ranks=[4], methods=["rora"]), first
+        )  # the whole grid, where none is named
 
 
 def test_a_rank_that_the_grid_has_not_come_to_does_not_empty_it(tmp_path):
     lrs = [1e-3, 2e-3]
-    found = [result(j) for j in sweep.plan(asked("grid", checkpoint(tmp_path), lrs=lrs, ranks=[4], methods=["rora"]), [])]
-    alone = [result(j) for j in sweep.plan(asked("fig1", tmp_path, lrs=[2e-3], ranks=[8], methods=["rora"]), [])]
+    found = [
+        result(j)
+        for j in sweep.plan(
+            asked("grid", checkpoint(tmp_path), lrs=lrs, ranks=[4], methods=["rora"]), []
+        )
+    ]
+    alone = [
+        result(j)
+        for j in sweep.plan(asked("fig1", tmp_path, lrs=[2e-3], ranks=[8], methods=["rora"]), [])
+    ]
     assert list(rows.grid(found + alone, "rora")) == lrs
 
 
@@ -178,37 +307,78 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path, monkeypatch, c
     monkeypatch.setattr(sweep.subprocess, "Popen", Process)
     monkeypatch.setattr(sweep, "ROOT", tmp_path)
     assert sweep.work(jobs, 2, tmp_path / "sweep.jsonl", keep=False) == 1
-    assert {r["settings"]["method"] for r in rows.read(tmp_path / "sweep.jsonl")} == {"lora", "rora"}
-    assert f"{jobs[1]['name']} failed with exit code 3: it went wrong here" in capsys.readouterr().err
-    assert [j["settings"]["method"] for j in sweep.pending(jobs, rows.read(tmp_path / "sweep.jsonl"))] == ["dora"]
+    assert {r["settings"]["method"] for r in rows.read(tmp_path / "sweep.jsonl")} == {
+        "lora",
+        "rora",
+    }
+    assert (
+        f"{jobs[1]['name']} failed with exit code 3: it went wrong here" in capsys.readouterr().err
+    )
+    assert [
+        j["settings"]["method"] for j in sweep.pending(jobs, rows.read(tmp_path / "sweep.jsonl"))
+    ] == ["dora"]
 
 
 def test_a_run_leaves_a_line_with_all_that_identifies_it(tmp_path):
-    args = asked("grid", write_checkpoint(tmp_path / "model"), methods=["rora"], ranks=[4], lrs=[1e-2], max_steps=2, limit=1)
+    args = asked(
+        "grid",
+        write_checkpoint(tmp_path / "model"),
+        methods=["rora"],
+        ranks=[4],
+        lrs=[1e-2],
+        max_steps=2,
+        limit=1,
+    )
     (job,) = sweep.plan(args, [])
     job["splits"] = ["val"]
     assert sweep.run_one(job, tmp_path / "run-lr0.01") == 0
     row = json.loads((tmp_path / "run-lr0.01.row").read_text())
     assert sweep.pending([job], [row]) == [] and row["val"]["n"] == 8 and len(row["loss"]) == 2
-    assert row["scale"] == pytest.approx(row["settings"]["alpha"] / math.sqrt(4)) and row["tokens"] > 0 and not row["diverged"]
+    assert (
+        row["scale"] == pytest.approx(row["settings"]["alpha"] / math.sqrt(4))
+        and row["tokens"] > 0
+        and not row["diverged"]
+    )
     assert sweep.run_one(job | {"checkpoint": "replaced since"}, tmp_path / "run-lr0.01") == 3
 
 
 def test_a_model_of_the_papers_is_swept_on_its_own_data(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_checkpoint(tmp_path / "checkpoints/sheared-llama-1.3b")
-    flags = ["fig1", "--ckpt", "sheared-llama-1.3b", "--max-steps", "2", "--limit", "1", "--results", "own.jsonl", "--dry-run"]
+    flags = [
+        "fig1",
+        "--ckpt",
+        "sheared-llama-1.3b",
+        "--max-steps",
+        "2",
+        "--limit",
+        "1",
+        "--results",
+        "own.jsonl",
+        "--dry-run",
+    ]
     with pytest.raises(FlagError, match="no data/boolq/test.json: run ./weights_download.sh data"):
         sweep.main(flags)
     for task in tables.TASKS:
         (tmp_path / "data" / task).mkdir(parents=True)
-        (tmp_path / "data" / task / "test.json").write_bytes((ROOT / "tiny/data" / task / "test.json").read_bytes())
-    (tmp_path / "data/commonsense_170k.json").write_bytes((ROOT / "tiny/data/train.json").read_bytes())
-    args = asked("fig1", "sheared-llama-1.3b", methods=["rora"], ranks=[8], seeds=[0], max_steps=2, limit=1)
+        (tmp_path / "data" / task / "test.json").write_bytes(
+            (ROOT / "tiny/data" / task / "test.json").read_bytes()
+        )
+    (tmp_path / "data/commonsense_170k.json").write_bytes(
+        (ROOT / "tiny/data/train.json").read_bytes()
+    )
+    args = asked(
+        "fig1", "sheared-llama-1.3b", methods=["rora"], ranks=[8], seeds=[0], max_steps=2, limit=1
+    )
     (job,) = sweep.plan(args, [])
     assert sweep.run_one(job, tmp_path / "run") == 0
     row = json.loads((tmp_path / "run.row").read_text())
-    assert row["settings"]["alpha"] == 64 and row["settings"]["loss"] == "all" and row["test"]["n"] == 8 and "val" not in row
+    assert (
+        row["settings"]["alpha"] == 64
+        and row["settings"]["loss"] == "all"
+        and row["test"]["n"] == 8
+        and "val" not in row
+    )
     with pytest.raises(FlagError, match="grid chooses by validation questions"):
         sweep.main(["grid", *flags[1:]])
 
@@ -231,21 +401,33 @@ def test_loss_curves_are_thinned_by_averaging():
 def test_without_matplotlib_one_line_says_how_to_get_it(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert plot.main([]) == 1
-    assert capsys.readouterr().err == 'plot: pictures need matplotlib, which is not installed: pip install "matplotlib>=3.8"\n'
+    assert (
+        capsys.readouterr().err
+        == 'plot: pictures need matplotlib, which is not installed: pip install "matplotlib>=3.8"\n'
+    )
 
 
 def test_the_findings_tell_the_axis_that_made_the_numbers(tmp_path, capsys):
     """A world in which accuracy depends on lr · s alone: RoRA's lead at one lr is large, and LoRA at lr·√r is the same."""
+
     def made(job):
         s = job["settings"]
         x = math.log10(s["lr"] * s["alpha"] / s["rank"] ** (0.5 if s["method"] == "rora" else 1))
         return result(job, test=80 * math.exp(-((x + 1) ** 2) / 2))
+
     lrs = [10 ** (i / 4 - 4) for i in range(16)]
-    found = [made(j) for j in sweep.plan(asked("grid", checkpoint(tmp_path), ranks=[4, 16, 64], lrs=lrs), [])]
+    found = [
+        made(j)
+        for j in sweep.plan(asked("grid", checkpoint(tmp_path), ranks=[4, 16, 64], lrs=lrs), [])
+    ]
     for row in found:
         rows.append(tmp_path / "sweep.jsonl", row)
     assert findings.main(["--results", str(tmp_path / "sweep.jsonl")]) == 0
-    lines = [[c.strip() for c in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    lines = [
+        [c.strip() for c in line.split("|")[1:-1]]
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith("|")
+    ]
     swapped = {c[0]: c for c in lines if len(c) == 5 and c[0] in ("16", "64")}
     assert all(float(swapped[r][3]) < 0.6 < 5 < float(swapped[r][2]) for r in ("16", "64"))
     share = {c[0]: int(c[2].rstrip("%")) for c in lines if c[0] in rows.ABSCISSAS}

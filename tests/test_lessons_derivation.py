@@ -17,14 +17,17 @@ import derivation_page
 import prune
 import real_text
 from data import Record
-from flags import FlagError
+from plumbing.flags import FlagError
 from llama import Llama, LlamaConfig, load_llama
 from rora import LoRALinear, RoRALinear
 
 
 def texts(n: int) -> list[Record]:
     generator = torch.Generator().manual_seed(1)
-    return [Record(array("i", torch.randint(0, 64, (12,), generator=generator).tolist()), 1, i) for i in range(n)]
+    return [
+        Record(array("i", torch.randint(0, 64, (12,), generator=generator).tolist()), 1, i)
+        for i in range(n)
+    ]
 
 
 # --- the derivation --------------------------------------------------------------------------------
@@ -61,18 +64,24 @@ def test_the_real_initialisation_has_variance_one_third_over_the_width():
 @pytest.mark.parametrize("rule, Layer", [("α/r", LoRALinear), ("α/√r", RoRALinear)])
 def test_the_lessons_rules_are_the_methods(rule, Layer):
     base = nn.Linear(8, 8, bias=False)
-    assert derivation.adapter(base, 4, rule).scaling == pytest.approx(Layer(base, 4, derivation.TINY.alpha).scaling)
+    assert derivation.adapter(base, 4, rule).scaling == pytest.approx(
+        Layer(base, 4, derivation.TINY.alpha).scaling
+    )
 
 
 def test_the_size_of_w_after_one_sgd_step_is_its_coherent_and_its_incoherent_part():
-    found = derivation.averaged([derivation.one_layer(64, "α/√r", "SGD", 128, seed) for seed in range(3)])
+    found = derivation.averaged(
+        [derivation.one_layer(64, "α/√r", "SGD", 128, seed) for seed in range(3)]
+    )
     assert found["seen"] == pytest.approx(found["seen_formula"], rel=0.1)
     assert found["fresh"] == pytest.approx(found["fresh_formula"], rel=0.1)
 
 
 def test_under_adamw_rora_is_lora_whose_B_learns_root_r_times_as_fast(tiny):
     size, records = {"steps": 10, "batch": 2}, texts(20)
-    run = lambda rule, ratio: derivation.many_steps(tiny, records, records[:4], size, 16, rule, "AdamW", 1e-3, ratio)["losses"]
+    run = lambda rule, ratio: derivation.many_steps(
+        tiny, records, records[:4], size, 16, rule, "AdamW", 1e-3, ratio
+    )["losses"]
     rora, faster_B, lora = run("α/√r", 1.0), run("α/r", math.sqrt(16)), run("α/r", 1.0)
     assert faster_B == pytest.approx(rora, rel=1e-4)
     assert abs(lora[-1] - rora[-1]) > 100 * abs(faster_B[-1] - rora[-1])
@@ -80,7 +89,10 @@ def test_under_adamw_rora_is_lora_whose_B_learns_root_r_times_as_fast(tiny):
 
 def test_the_page_says_what_the_results_say():
     results = ROOT / "lessons" / "results" / "derivation.json"
-    assert derivation_page.page(derivation_page.Results(results)) == (ROOT / "lessons" / "derivation.md").read_text()
+    assert (
+        derivation_page.page(derivation_page.Results(results))
+        == (ROOT / "lessons" / "derivation.md").read_text()
+    )
 
 
 # --- pruning ---------------------------------------------------------------------------------------
@@ -89,19 +101,30 @@ def test_the_page_says_what_the_results_say():
 def test_what_does_nothing_is_what_goes_and_then_nothing_changes():
     torch.manual_seed(0)
     model = Llama(replace(SMALL, n_layers=3)).eval()
-    channels, hidden, group, layer = torch.arange(1, 32, 2), torch.arange(0, 24), 0, 1  # to be removed: half of each, and one layer
+    channels, hidden, group, layer = (
+        torch.arange(1, 32, 2),
+        torch.arange(0, 24),
+        0,
+        1,
+    )  # to be removed: half of each, and one layer
     with torch.no_grad():
         model.embed_tokens.weight[:, channels] = 0
         for i, block in enumerate(model.layers):
             o_proj, down_proj = block.self_attn.o_proj.weight, block.mlp.down_proj.weight
-            o_proj[:, group * 16 : (group + 1) * 16] = 0  # two query heads of width 8 share a key head
+            o_proj[:, group * 16 : (group + 1) * 16] = (
+                0  # two query heads of width 8 share a key head
+            )
             down_proj[:, hidden] = 0
             for W in (o_proj, down_proj):
                 W[channels] = 0
                 W *= 20 * (i != layer)  # large enough to matter
     cfg = replace(SMALL, n_layers=2, dim=16, n_heads=2, n_kv_heads=1, hidden_dim=24)
     small, kept = prune.prune(model, cfg, prune.Missed(model, texts(8), 4))
-    assert kept["layers"] == [0, 2] and kept["groups"] == [[1], [1]] and kept["channels"] == list(range(0, 32, 2))
+    assert (
+        kept["layers"] == [0, 2]
+        and kept["groups"] == [[1], [1]]
+        and kept["channels"] == list(range(0, 32, 2))
+    )
     assert kept["ffn"] == [list(range(24, 48))] * 2
     ids = torch.randint(0, 64, (2, 9))
     with torch.no_grad():
@@ -125,7 +148,18 @@ def test_too_little_is_refused():
 def test_the_pruned_folder_is_a_checkpoint_of_the_promised_size(tmp_path):
     folder, records = write_checkpoint(tmp_path / "base"), write_records(tmp_path / "records.json")
     out = tmp_path / "small"
-    flags = ["--ckpt", str(folder), "--data", str(records), "--keep", "0.5", "--records", "8", "--device", "cpu"]
+    flags = [
+        "--ckpt",
+        str(folder),
+        "--data",
+        str(records),
+        "--keep",
+        "0.5",
+        "--records",
+        "8",
+        "--device",
+        "cpu",
+    ]
     assert prune.main([*flags, "--out", str(out)]) == 0
     model, said = load_llama(out, dtype=None), json.loads((out / "pruned.json").read_text())
     whole, size = said["parameters"]
@@ -137,9 +171,18 @@ def test_the_pruned_folder_is_a_checkpoint_of_the_promised_size(tmp_path):
 def test_what_is_left_of_tiny_is_trained_on_tinys_corpus(tmp_path, capsys):
     assert prune.main(["--records", "4", "--heal", "2", "--out", str(tmp_path / "small")]) == 0
     said = json.loads((tmp_path / "small/pruned.json").read_text())
-    assert said["parameters"][1] <= 0.2 * said["parameters"][0] and said["loss"].keys() == {"whole", "pruned", "healed"}
-    tables = [load_llama(folder, dtype=torch.float32).embed_tokens.weight for folder in (ROOT / "tiny", tmp_path / "small")]
-    assert torch.equal(tables[0][:, said["kept"]["channels"]], tables[1])  # the tasks' words stay apart
+    assert said["parameters"][1] <= 0.2 * said["parameters"][0] and said["loss"].keys() == {
+        "whole",
+        "pruned",
+        "healed",
+    }
+    tables = [
+        load_llama(folder, dtype=torch.float32).embed_tokens.weight
+        for folder in (ROOT / "tiny", tmp_path / "small")
+    ]
+    assert torch.equal(
+        tables[0][:, said["kept"]["channels"]], tables[1]
+    )  # the tasks' words stay apart
     assert "healing 2/2" in capsys.readouterr().out
 
 
@@ -147,8 +190,13 @@ def test_what_is_left_of_tiny_is_trained_on_tinys_corpus(tmp_path, capsys):
 
 
 def test_the_plain_text_of_a_record_has_no_prompt_no_labels_and_no_answer():
-    told = {"instruction": "Please choose the correct answer to the question: What melts?\n\nAnswer1: ice Answer2: stone\n\n"
-                           "Answer format: answer1/answer2", "output": "the correct answer is answer1"}
-    asked = {"instruction": "Please answer the following question with true or false, question: is ice cold?\n\nAnswer format: true/false"}
+    told = {
+        "instruction": "Please choose the correct answer to the question: What melts?\n\nAnswer1: ice Answer2: stone\n\n"
+        "Answer format: answer1/answer2",
+        "output": "the correct answer is answer1",
+    }
+    asked = {
+        "instruction": "Please answer the following question with true or false, question: is ice cold?\n\nAnswer format: true/false"
+    }
     assert real_text.plain(told) == "What melts? ice stone"
     assert real_text.plain(asked) == "is ice cold?"

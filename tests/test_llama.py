@@ -7,8 +7,20 @@ import pytest
 import torch
 from conftest import SMALL
 
-from checkpoints import CheckpointError
-from llama import Attention, KVCache, Llama, LlamaConfig, RMSNorm, Rows, apply_rope, attend, generate, rope_tables, sdpa
+from plumbing.hf_files import CheckpointError
+from llama import (
+    Attention,
+    KVCache,
+    Llama,
+    LlamaConfig,
+    RMSNorm,
+    Rows,
+    apply_rope,
+    attend,
+    generate,
+    rope_tables,
+    sdpa,
+)
 
 IDS = torch.randint(0, 64, (3, 9), generator=torch.Generator().manual_seed(1))
 
@@ -17,7 +29,11 @@ def test_rmsnorm_is_x_over_its_root_mean_square_times_a_weight():
     norm = RMSNorm(16, eps=1e-6)
     norm.weight.data.uniform_(0.5, 2)
     x = torch.randn(3, 16) * 7
-    exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight.double()
+    exact = (
+        x.double()
+        / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        * norm.weight.double()
+    )
     assert torch.allclose(norm(x).double(), exact, rtol=1e-6, atol=1e-6)
 
 
@@ -26,8 +42,12 @@ def test_rope_turns_each_pair_by_position_times_frequency():
     x = torch.randn(1, 1, D, dtype=torch.float64)
     turned = apply_rope(x, *rope_tables(torch.tensor([t]), D, theta)).double()
     for d in range(D // 2):  # the pair (d, d + D/2) as one complex number
-        z = complex(x[0, 0, d], x[0, 0, d + D // 2]) * complex(*(f(torch.tensor(t * theta ** (-2 * d / D), dtype=torch.float64))
-                                                                 for f in (torch.cos, torch.sin)))
+        z = complex(x[0, 0, d], x[0, 0, d + D // 2]) * complex(
+            *(
+                f(torch.tensor(t * theta ** (-2 * d / D), dtype=torch.float64))
+                for f in (torch.cos, torch.sin)
+            )
+        )
         assert turned[0, 0, d].item() == pytest.approx(z.real, abs=1e-5)
         assert turned[0, 0, d + D // 2].item() == pytest.approx(z.imag, abs=1e-5)
 
@@ -90,7 +110,9 @@ def test_loss_and_gradients_of_a_stream_are_those_of_the_padded_batch(tiny):
 def test_checkpointed_blocks_give_the_same_gradients(tiny):
     def gradients(blocks):
         tiny.zero_grad()
-        tiny.hidden(IDS.flatten(), tiny.rows([9, 9, 9]), checkpoint_blocks=blocks).square().sum().backward()
+        tiny.hidden(
+            IDS.flatten(), tiny.rows([9, 9, 9]), checkpoint_blocks=blocks
+        ).square().sum().backward()
         return [p.grad.clone() for p in tiny.parameters() if p.grad is not None]
 
     plain = gradients(0)
@@ -106,7 +128,7 @@ def plain_greedy(model, prompt, max_new, eos):
         if token == eos:
             break
         ids.append(token)
-    return ids[len(prompt):]
+    return ids[len(prompt) :]
 
 
 def test_generation_with_a_cache_says_what_the_whole_text_says(tiny):
@@ -114,15 +136,23 @@ def test_generation_with_a_cache_says_what_the_whole_text_says(tiny):
     assert generate(tiny, prompts, 12, eos=-1) == [plain_greedy(tiny, p, 12, -1) for p in prompts]
 
 
-@pytest.mark.parametrize("own", [[[5, 6, 7], [9], [5, 6, 1, 2]], [[7], [7, 8], [7]], [[7]] * 3], ids=["differ", "one ends", "equal"])
+@pytest.mark.parametrize(
+    "own",
+    [[[5, 6, 7], [9], [5, 6, 1, 2]], [[7], [7, 8], [7]], [[7]] * 3],
+    ids=["differ", "one ends", "equal"],
+)
 def test_what_all_prompts_begin_with_goes_through_the_model_once(tiny, own, monkeypatch):
     prompts, passed = [[1, 4, 9, 3, *rest] for rest in own], []
     hidden = Llama.hidden
-    monkeypatch.setattr(Llama, "hidden", lambda model, ids, *a: passed.append(len(ids)) or hidden(model, ids, *a))
+    monkeypatch.setattr(
+        Llama, "hidden", lambda model, ids, *a: passed.append(len(ids)) or hidden(model, ids, *a)
+    )
     said = generate(tiny, prompts, 1, eos=-1)
     assert passed == [4, sum(map(len, own))]
     monkeypatch.undo()
-    assert [s + plain_greedy(tiny, p + s, 7, -1) for p, s in zip(prompts, said)] == generate(tiny, prompts, 8, eos=-1)
+    assert [s + plain_greedy(tiny, p + s, 7, -1) for p, s in zip(prompts, said)] == generate(
+        tiny, prompts, 8, eos=-1
+    )
     assert said == [plain_greedy(tiny, p, 1, -1) for p in prompts]
 
 
@@ -130,19 +160,28 @@ def test_rows_behind_a_past_get_what_each_gets_behind_it_alone():
     P, lengths = 5, [4, 1, 6]
     positions = torch.arange(sum(lengths))
     rows = Rows(lengths, positions, rope_tables(positions, 8, 1e4))
-    q, k, v, before_k, before_v = torch.randn(11, 4, 8), *torch.randn(2, 11, 2, 8), *torch.randn(2, P, 2, 8)
+    q, k, v, before_k, before_v = (
+        torch.randn(11, 4, 8),
+        *torch.randn(2, 11, 2, 8),
+        *torch.randn(2, P, 2, 8),
+    )
     whole = lambda before, x: torch.cat([before, x])
     expected = []
     for a, b, c in zip(*(x.split(lengths) for x in (q, k, v))):
         row = Rows([P + len(a)], torch.arange(P + len(a)), (None, None))
-        expected.append(attend(whole(torch.zeros(P, 4, 8), a), whole(before_k, b), whole(before_v, c), row)[P:])
+        expected.append(
+            attend(whole(torch.zeros(P, 4, 8), a), whole(before_k, b), whole(before_v, c), row)[P:]
+        )
     past = before_k.transpose(0, 1), before_v.transpose(0, 1)
     assert torch.allclose(attend(q, k, v, rows, past), torch.cat(expected), atol=1e-6)
 
 
 @pytest.mark.parametrize("groups", [4, 2])
 def test_plain_products_against_the_cache_are_the_fused_attention(groups):
-    attn, positions = Attention(dataclasses.replace(SMALL, n_kv_heads=groups)), torch.tensor([2, 9, 5])
+    attn, positions = (
+        Attention(dataclasses.replace(SMALL, n_kv_heads=groups)),
+        torch.tensor([2, 9, 5]),
+    )
     rows = Rows([1, 1, 1], positions, rope_tables(positions, 8, 1e4), decoding=True)
     q, (keys, values) = torch.randn(3, 4, 8), torch.randn(2, 3, groups, 11, 8)
     visible = torch.arange(11) <= positions[:, None]
@@ -193,11 +232,20 @@ def test_padding_and_back_is_the_identity():
 
 # --- config.json -----------------------------------------------------------------------------------
 
-OLD = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96, "vocab_size": 100, "rms_norm_eps": 1e-6}
+OLD = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "vocab_size": 100,
+    "rms_norm_eps": 1e-6,
+}
 
 
 def read(tmp_path, **changes):
-    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in {**OLD, **changes}.items() if v != "absent"}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({k: v for k, v in {**OLD, **changes}.items() if v != "absent"})
+    )
     return LlamaConfig.from_json(tmp_path / "config.json")
 
 
@@ -208,25 +256,38 @@ def test_llama_1_configs_lack_keys_that_have_since_been_added(tmp_path):
 
 def test_transformers_4_and_5_spell_the_same_facts_differently(tmp_path):
     old = read(tmp_path, rope_theta=5e5, rope_scaling=None, torch_dtype="float16")
-    new = read(tmp_path, rope_parameters={"rope_type": "default", "rope_theta": 5e5}, dtype="float16")
+    new = read(
+        tmp_path, rope_parameters={"rope_type": "default", "rope_theta": 5e5}, dtype="float16"
+    )
     assert old == new and new.rope_theta == 5e5
 
 
-@pytest.mark.parametrize("changes, named", [
-    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
-    ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "rope_scaling"),
-    ({"attention_bias": True}, "attention_bias"), ({"mlp_bias": True}, "mlp_bias"),
-    ({"hidden_act": "gelu"}, "hidden_act"), ({"head_dim": 20}, "head_dim"), ({"num_attention_heads": 5}, "head_dim"),
-    ({"num_key_value_heads": 3}, "multiple"), ({"model_type": "mistral"}, "model_type"),
-    ({"hidden_size": "absent"}, "hidden_size"), ({"vocab_size": -1}, "vocab_size"), ({"num_hidden_layers": 1.5}, "num_hidden_layers"),
-    ({"quantization_config": {"bits": 4}}, "quantization_config"),
-])
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "rope_scaling"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"head_dim": 20}, "head_dim"),
+        ({"num_attention_heads": 5}, "head_dim"),
+        ({"num_key_value_heads": 3}, "multiple"),
+        ({"model_type": "mistral"}, "model_type"),
+        ({"hidden_size": "absent"}, "hidden_size"),
+        ({"vocab_size": -1}, "vocab_size"),
+        ({"num_hidden_layers": 1.5}, "num_hidden_layers"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+    ],
+)
 def test_a_config_that_would_be_computed_wrongly_is_refused_by_name(tmp_path, changes, named):
     with pytest.raises(CheckpointError, match=named):
         read(tmp_path, **changes)
 
 
 def test_a_config_survives_being_written_and_read(tmp_path):
-    cfg = dataclasses.replace(SMALL, norm_eps=1e-5, rope_theta=5e5, tie_embeddings=True, bos=128000, eos=128001)
+    cfg = dataclasses.replace(
+        SMALL, norm_eps=1e-5, rope_theta=5e5, tie_embeddings=True, bos=128000, eos=128001
+    )
     (tmp_path / "config.json").write_text(json.dumps(cfg.to_json(torch.float16)))
     assert LlamaConfig.from_json(tmp_path / "config.json") == cfg

@@ -3,12 +3,14 @@
 import weakref
 
 import pytest
+from plumbing import jobs
+import fast
 import torch
 from conftest import shake
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import memory
+from plumbing import memory
 import rora
 from data import Batch, Record, collate
 from llama import Llama, LlamaConfig
@@ -49,7 +51,10 @@ def batch():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("method, dropout", [("lora", 0.0), ("rora", 0.05), ("dora", 0.05), ("parallel", 0.0), ("prefix", 0.0)])
+@pytest.mark.parametrize(
+    "method, dropout",
+    [("lora", 0.0), ("rora", 0.05), ("dora", 0.05), ("parallel", 0.0), ("prefix", 0.0)],
+)
 def test_a_block_is_planned_with_what_training_keeps_for_it(dtype, method, dropout):
     """The plan measures one block; the truth is what three blocks keep in a training step, divided by three."""
     model = Llama(CFG).to(dtype)
@@ -57,8 +62,7 @@ def test_a_block_is_planned_with_what_training_keeps_for_it(dtype, method, dropo
     shake(model)
     model.train()
     b = batch()
-    with rora.held_adapters(model) as refresh:
-        refresh()
+    with fast.held(model):
         plan = memory.plan(model, b, 1 << 20)
         rows = model.rows(b.lengths)
 
@@ -75,7 +79,9 @@ def test_a_block_is_planned_with_what_training_keeps_for_it(dtype, method, dropo
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("method", ["lora", "rora", "dora", "parallel", "prefix"])
 @pytest.mark.parametrize("recomputed", [0, 3, 6])
-def test_what_a_step_takes_is_within_15_percent_of_the_plan_and_planning_leaves_nothing_behind(dtype, method, recomputed):
+def test_what_a_step_takes_is_within_15_percent_of_the_plan_and_planning_leaves_nothing_behind(
+    dtype, method, recomputed
+):
     cfg = LlamaConfig(dim=64, n_layers=6, n_heads=4, n_kv_heads=2, hidden_dim=172, vocab_size=500)
     model = Llama(cfg).to(dtype)
     rora.attach(model, method, 8, dropout=0.05 if method in ("lora", "rora", "dora") else 0.0)
@@ -83,13 +89,12 @@ def test_what_a_step_takes_is_within_15_percent_of_the_plan_and_planning_leaves_
     records = [Record(torch.randint(3, 80, (n,)).tolist(), 1, 1) for n in (40, 100, 90, 70) * 2]
     optimizer = rora.new_optimizer(model, 1e-3)
     living = Living(model)
-    with living, rora.held_adapters(model) as refresh:
-        refresh()
-        before = living.now
-        plan = memory.plan(model, collate(records[:4]), rora.logit_bytes(torch.device("cpu")))
-        assert living.now == before
+    with living:
+        with fast.held(model):
+            before = living.now
+            plan = memory.plan(model, collate(records[:4]), fast.logit_bytes(torch.device("cpu")))
+            assert living.now == before
         for _ in range(2):  # AdamW's moments are there from the second on
-            refresh()
             rora.train_step(model, records, optimizer, 1e-3, 4, recomputed)
             optimizer.zero_grad()
     assert plan.total(recomputed) == pytest.approx(living.peak, rel=0.15)
@@ -99,18 +104,49 @@ def test_the_memory_line_is_planned_in_training_mode_and_draws_no_random_number(
     model = Llama(CFG)
     rora.attach(model, "rora", 8, dropout=0.05)
     records = [Record(torch.randint(3, 80, (n,)).tolist(), 1, 1) for n in (30, 9, 20, 12)]
-    s = rora.Settings(ckpt="", data="", method="rora", scale="sqrt", rank=8, alpha=64, dropout=0.05, targets=(), loss="all", prompt="clean",
-                      max_len=64, epochs=1, max_steps=None, batch_size=2, lr=1e-3, warmup=1, val_size=0, eval_every=1, save_every=1, seed=0,
-                      dtype="fp32", micro_batch_size=2, checkpoint_blocks="auto")
+    s = jobs.Settings(
+        ckpt="",
+        data="",
+        method="rora",
+        scale="sqrt",
+        rank=8,
+        alpha=64,
+        dropout=0.05,
+        targets=(),
+        loss="all",
+        prompt="clean",
+        max_len=64,
+        epochs=1,
+        max_steps=None,
+        batch_size=2,
+        lr=1e-3,
+        warmup=1,
+        val_size=0,
+        eval_every=1,
+        save_every=1,
+        seed=0,
+        dtype="fp32",
+        micro_batch_size=2,
+        checkpoint_blocks="auto",
+    )
     state = torch.get_rng_state()
-    plan, largest, recomputed = rora.plan_memory(model, records, s)
+    plan, largest, recomputed = jobs.plan_memory(model, records, s)
     assert torch.equal(torch.get_rng_state(), state) and recomputed == 0
     assert plan.tokens == sum(len(r.ids) - 1 for r in largest)
-    assert plan.tokens == max(sum(collate([records[j] for j in part]).lengths)
-                              for order in [rora.epoch_order(4, 0, 0)] for part in (order[:2], order[2:]))
+    assert plan.tokens == max(
+        sum(collate([records[j] for j in part]).lengths)
+        for order in [rora.epoch_order(4, 0, 0)]
+        for part in (order[:2], order[2:])
+    )
 
 
 def test_as_few_blocks_are_recomputed_as_memory_allows():
-    plan = memory.MemoryPlan(tokens=1, weights=100, adapters=10, block=20, block_input=2, logits=5, blocks=4)
-    assert [plan.total(k) for k in (0, 1, 4)] == [100 + 10 + 80 + 16, 100 + 10 + 60 + 2 + 16, 100 + 10 + 8 + 20 + 16]
+    plan = memory.MemoryPlan(
+        tokens=1, weights=100, adapters=10, block=20, block_input=2, logits=5, blocks=4
+    )
+    assert [plan.total(k) for k in (0, 1, 4)] == [
+        100 + 10 + 80 + 16,
+        100 + 10 + 60 + 2 + 16,
+        100 + 10 + 8 + 20 + 16,
+    ]
     assert [plan.fewest_recomputed(room) for room in (1000, 206, 205, 187, 0)] == [0, 0, 1, 2, 4]

@@ -13,18 +13,42 @@ import torch.nn.functional as F
 from llama import load_llama
 from tools.meta_to_hf import hf_to_meta, main, meta_to_hf, read_params
 
-LLAMA_1 = {"dim": 32, "multiple_of": 8, "n_heads": 4, "n_layers": 2, "norm_eps": 1e-6, "vocab_size": -1}
-LLAMA_3 = {"dim": 32, "multiple_of": 16, "n_heads": 4, "n_kv_heads": 2, "n_layers": 2, "norm_eps": 1e-5,
-           "vocab_size": 512, "ffn_dim_multiplier": 1.3, "rope_theta": 500000.0}
-FFN = {"LLAMA_1": 88, "LLAMA_3": 112}  # int(8·32/3) = 85, to a multiple of 8; int(1.3·85) = 110, to a multiple of 16
+LLAMA_1 = {
+    "dim": 32,
+    "multiple_of": 8,
+    "n_heads": 4,
+    "n_layers": 2,
+    "norm_eps": 1e-6,
+    "vocab_size": -1,
+}
+LLAMA_3 = {
+    "dim": 32,
+    "multiple_of": 16,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "n_layers": 2,
+    "norm_eps": 1e-5,
+    "vocab_size": 512,
+    "ffn_dim_multiplier": 1.3,
+    "rope_theta": 500000.0,
+}
+FFN = {
+    "LLAMA_1": 88,
+    "LLAMA_3": 112,
+}  # int(8·32/3) = 85, to a multiple of 8; int(1.3·85) = 110, to a multiple of 16
 COLUMNS = ("wo", "w2")  # a second file continues these to the right, all others downwards
 
 
 @pytest.fixture(scope="session")
 def sentencepiece_model() -> bytes:
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(["the crow eats roots"] * 9), model_writer=model,
-                                             vocab_size=40, hard_vocab_limit=False, minloglevel=2)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the crow eats roots"] * 9),
+        model_writer=model,
+        vocab_size=40,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
     return model.getvalue()
 
 
@@ -37,18 +61,34 @@ def write_meta(folder, params: dict, hidden: int, tokenizer: bytes, n_files: int
     kv = params.get("n_kv_heads", params["n_heads"]) * D
     shapes = {"tok_embeddings": (V, C), "norm": (C,), "output": (V, C)}
     for i in range(params["n_layers"]):
-        shapes |= {f"layers.{i}.{name}": shape for name, shape in {
-            "attention.wq": (C, C), "attention.wk": (kv, C), "attention.wv": (kv, C), "attention.wo": (C, C),
-            "feed_forward.w1": (hidden, C), "feed_forward.w2": (C, hidden), "feed_forward.w3": (hidden, C),
-            "attention_norm": (C,), "ffn_norm": (C,)}.items()}
+        shapes |= {
+            f"layers.{i}.{name}": shape
+            for name, shape in {
+                "attention.wq": (C, C),
+                "attention.wk": (kv, C),
+                "attention.wv": (kv, C),
+                "attention.wo": (C, C),
+                "feed_forward.w1": (hidden, C),
+                "feed_forward.w2": (C, hidden),
+                "feed_forward.w3": (hidden, C),
+                "attention_norm": (C,),
+                "ffn_norm": (C,),
+            }.items()
+        }
     generator = torch.Generator().manual_seed(0)
-    whole = {f"{name}.weight": torch.randn(shape, generator=generator) * 0.2 + (len(shape) == 1)
-             for name, shape in shapes.items()}
+    whole = {
+        f"{name}.weight": torch.randn(shape, generator=generator) * 0.2 + (len(shape) == 1)
+        for name, shape in shapes.items()
+    }
     folder.mkdir(parents=True)
     for n in range(n_files):
         part = {"rope.freqs": torch.ones(D // 2)}
         for name, w in whole.items():
-            right = name.split(".")[-2] in COLUMNS or name.startswith("tok_embeddings") and "rope_theta" not in params
+            right = (
+                name.split(".")[-2] in COLUMNS
+                or name.startswith("tok_embeddings")
+                and "rope_theta" not in params
+            )
             part[name] = w if w.dim() == 1 else w.chunk(n_files, 1 if right else 0)[n].clone()
         torch.save(part, folder / f"consolidated.{n:02}.pth")
     (folder / "params.json").write_text(json.dumps(params))
@@ -61,28 +101,38 @@ def meta_forward(params: dict, w: dict, ids: torch.Tensor) -> torch.Tensor:  # (
     T, H, D = len(ids), params["n_heads"], params["dim"] // params["n_heads"]
     G = params.get("n_kv_heads", H)
     f = params.get("rope_theta", 10000.0) ** (-torch.arange(0, D, 2).double() / D)
-    turn = torch.polar(torch.ones(T, D // 2).double(), torch.outer(torch.arange(T).double(), f))[:, None]
+    turn = torch.polar(torch.ones(T, D // 2).double(), torch.outer(torch.arange(T).double(), f))[
+        :, None
+    ]
 
     def norm(x, g):
         return x / (x.pow(2).mean(-1, keepdim=True) + params["norm_eps"]).sqrt() * g
 
     def rotate(x):
-        return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turn).flatten(-2)
+        return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turn).flatten(
+            -2
+        )
 
     w = {name: t.double() for name, t in w.items()}
     x = w["tok_embeddings.weight"][ids]
     hidden_from_past = torch.full((T, T), float("-inf")).triu(1)
     for i in range(params["n_layers"]):
+
         def linear(name, y):
             return y @ w[f"layers.{i}.{name}.weight"].T
+
         y = norm(x, w[f"layers.{i}.attention_norm.weight"])
         q = rotate(linear("attention.wq", y).view(T, H, D))
         k = rotate(linear("attention.wk", y).view(T, G, D)).repeat_interleave(H // G, dim=1)
         v = linear("attention.wv", y).view(T, G, D).repeat_interleave(H // G, dim=1)
         scores = torch.einsum("thd,shd->hts", q, k) / D**0.5 + hidden_from_past
-        x = x + linear("attention.wo", torch.einsum("hts,shd->thd", scores.softmax(-1), v).flatten(1))
+        x = x + linear(
+            "attention.wo", torch.einsum("hts,shd->thd", scores.softmax(-1), v).flatten(1)
+        )
         y = norm(x, w[f"layers.{i}.ffn_norm.weight"])
-        x = x + linear("feed_forward.w2", F.silu(linear("feed_forward.w1", y)) * linear("feed_forward.w3", y))
+        x = x + linear(
+            "feed_forward.w2", F.silu(linear("feed_forward.w1", y)) * linear("feed_forward.w3", y)
+        )
     return norm(x, w["norm.weight"]) @ w["output.weight"].T
 
 
@@ -93,8 +143,13 @@ def byte_tokenizer() -> bytes:
 
 @pytest.mark.parametrize("n_files", [1, 2])
 @pytest.mark.parametrize("family", ["LLAMA_1", "LLAMA_3"])
-def test_the_converted_checkpoint_gives_the_logits_of_metas_own_forward(family, n_files, sentencepiece_model, tmp_path):
-    params, tokenizer = {"LLAMA_1": (LLAMA_1, sentencepiece_model), "LLAMA_3": (LLAMA_3, byte_tokenizer())}[family]
+def test_the_converted_checkpoint_gives_the_logits_of_metas_own_forward(
+    family, n_files, sentencepiece_model, tmp_path
+):
+    params, tokenizer = {
+        "LLAMA_1": (LLAMA_1, sentencepiece_model),
+        "LLAMA_3": (LLAMA_3, byte_tokenizer()),
+    }[family]
     w = write_meta(tmp_path / "meta", params, FFN[family], tokenizer, n_files)
     assert main([str(tmp_path / "meta"), str(tmp_path / "hf")]) == 0
     ids = torch.randint(len(w["output.weight"]), (12,), generator=torch.Generator().manual_seed(1))
@@ -111,7 +166,24 @@ def test_the_converted_config_names_the_tokenizers_own_begin_and_end(tmp_path):
 
 def test_neighbouring_rows_of_a_head_end_up_half_a_head_apart():
     rows = torch.arange(16)[:, None]  # two heads of width 8
-    assert meta_to_hf(rows, 2).flatten().tolist() == [0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15]
+    assert meta_to_hf(rows, 2).flatten().tolist() == [
+        0,
+        2,
+        4,
+        6,
+        1,
+        3,
+        5,
+        7,
+        8,
+        10,
+        12,
+        14,
+        9,
+        11,
+        13,
+        15,
+    ]
 
 
 @pytest.mark.parametrize("shape", [(24, 5), (24,)], ids=["matrix", "magnitude"])
@@ -120,12 +192,36 @@ def test_hf_to_meta_undoes_meta_to_hf(shape):
     assert torch.equal(hf_to_meta(meta_to_hf(w, 3), 3), w)
 
 
-@pytest.mark.parametrize("name, params, hidden", [
-    ("LLaMA-7B", {"dim": 4096, "multiple_of": 256, "n_heads": 32, "n_layers": 32, "norm_eps": 1e-6}, 11008),
-    ("LLaMA-13B", {"dim": 5120, "multiple_of": 256, "n_heads": 40, "n_layers": 40, "norm_eps": 1e-6}, 13824),
-    ("Llama-3-8B", {"dim": 4096, "multiple_of": 1024, "n_heads": 32, "n_layers": 32, "norm_eps": 1e-5, "n_kv_heads": 8,
-                    "ffn_dim_multiplier": 1.3, "rope_theta": 500000.0, "vocab_size": 128256}, 14336),
-])
+@pytest.mark.parametrize(
+    "name, params, hidden",
+    [
+        (
+            "LLaMA-7B",
+            {"dim": 4096, "multiple_of": 256, "n_heads": 32, "n_layers": 32, "norm_eps": 1e-6},
+            11008,
+        ),
+        (
+            "LLaMA-13B",
+            {"dim": 5120, "multiple_of": 256, "n_heads": 40, "n_layers": 40, "norm_eps": 1e-6},
+            13824,
+        ),
+        (
+            "Llama-3-8B",
+            {
+                "dim": 4096,
+                "multiple_of": 1024,
+                "n_heads": 32,
+                "n_layers": 32,
+                "norm_eps": 1e-5,
+                "n_kv_heads": 8,
+                "ffn_dim_multiplier": 1.3,
+                "rope_theta": 500000.0,
+                "vocab_size": 128256,
+            },
+            14336,
+        ),
+    ],
+)
 def test_the_published_widths_follow_from_params_json(name, params, hidden, tmp_path):
     (tmp_path / "params.json").write_text(json.dumps(params))
     cfg = read_params(tmp_path / "params.json", SimpleNamespace(vocab_size=32000, bos=1, eos=2))
@@ -158,11 +254,21 @@ def spoil_names(folder):
     torch.save(state | {"layers.0.attention.bias": torch.zeros(3)}, folder / "consolidated.01.pth")
 
 
-@pytest.mark.parametrize("spoil, named", [
-    (spoil_rope, "use_scaled_rope"), (spoil_params, "multiple_of"), (spoil_tokenizer, "tokenizer.model"),
-    (spoil_numbering, "consolidated.02.pth"), (spoil_width, "output.weight"), (spoil_names, "layers.0.attention.bias"),
-], ids=lambda x: getattr(x, "__name__", ""))
-def test_a_checkpoint_that_cannot_be_converted_gets_one_line_and_leaves_no_folder(spoil, named, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "spoil, named",
+    [
+        (spoil_rope, "use_scaled_rope"),
+        (spoil_params, "multiple_of"),
+        (spoil_tokenizer, "tokenizer.model"),
+        (spoil_numbering, "consolidated.02.pth"),
+        (spoil_width, "output.weight"),
+        (spoil_names, "layers.0.attention.bias"),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_a_checkpoint_that_cannot_be_converted_gets_one_line_and_leaves_no_folder(
+    spoil, named, tmp_path, capsys
+):
     write_meta(tmp_path / "meta", LLAMA_3, FFN["LLAMA_3"], byte_tokenizer(), 2)
     spoil(tmp_path / "meta")
     assert main([str(tmp_path / "meta"), str(tmp_path / "hf")]) == 3

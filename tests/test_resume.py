@@ -6,11 +6,27 @@ import subprocess
 import sys
 
 import pytest
+from plumbing import jobs
 import torch
-from helpers import ROOT, at_step, flags, in_child, interrupt, judge, make_world, outcome, refused, rora, rows, run, score, tree
+from helpers import (
+    ROOT,
+    at_step,
+    flags,
+    in_child,
+    interrupt,
+    judge,
+    make_world,
+    outcome,
+    refused,
+    rora,
+    rows,
+    run,
+    score,
+    tree,
+)
 from safetensors.torch import load_file
 
-import runs
+from plumbing import run_folder as runs
 
 
 @pytest.fixture(scope="module")
@@ -29,10 +45,16 @@ def whole(world, tmp_path_factory):
 # --- equal, bit for bit ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", [1, 3, 5, 6, 8, 11])  # 1: lr was 0; 3: validation; 5: a save; 6: the end of an epoch
+@pytest.mark.parametrize(
+    "step", [1, 3, 5, 6, 8, 11]
+)  # 1: lr was 0; 3: validation; 5: a save; 6: the end of an epoch
 def test_a_run_resumed_at_any_step_is_the_run_that_never_stopped(world, whole, tmp_path, step):
     stopped = interrupt(step, *flags(world, tmp_path / "run"))
-    assert stopped.code == 130 and f"saved {tmp_path}/run/checkpoints/step-{step:06}" in stopped.out and "--resume" in stopped.out
+    assert (
+        stopped.code == 130
+        and f"saved {tmp_path}/run/checkpoints/step-{step:06}" in stopped.out
+        and "--resume" in stopped.out
+    )
     assert run("--resume", tmp_path / "run").code == 0
     assert outcome(tmp_path / "run") == outcome(whole)
 
@@ -41,13 +63,19 @@ def test_a_run_may_be_stopped_again_and_again(world, whole, tmp_path):
     assert interrupt(2, *flags(world, tmp_path / "run"), with_signal=signal.SIGTERM).code == 143
     for step in (4, 5, 9):
         assert interrupt(step, "--resume", tmp_path / "run").code == 130
-    assert run("--resume", tmp_path / "run").code == 0 and outcome(tmp_path / "run") == outcome(whole)
+    assert run("--resume", tmp_path / "run").code == 0 and outcome(tmp_path / "run") == outcome(
+        whole
+    )
 
 
 @pytest.mark.parametrize("method", rora.METHODS)
 def test_every_method_resumes_bit_for_bit(world, tmp_path, method):
     alpha = {} if rora.METHODS[method].layer.scale else {"alpha": None}
-    settings = {"method": method, "max_steps": 5, "epochs": None} | alpha | ({"dropout": None} if method == "prefix" else {})
+    settings = (
+        {"method": method, "max_steps": 5, "epochs": None}
+        | alpha
+        | ({"dropout": None} if method == "prefix" else {})
+    )
     assert run(*flags(world, tmp_path / "whole", **settings)).code == 0
     assert interrupt(3, *flags(world, tmp_path / "cut", **settings)).code == 130
     assert run("--resume", tmp_path / "cut").code == 0
@@ -63,7 +91,10 @@ def test_after_a_crash_the_lost_steps_are_made_again_once(world, whole, tmp_path
 
     with at_step(8, crash), pytest.raises(Crash):
         run(*flags(world, tmp_path / "run"))
-    assert rows(tmp_path / "run")[-1]["step"] == 8 and runs.checkpoints(tmp_path / "run")[0].name == "step-000005"
+    assert (
+        rows(tmp_path / "run")[-1]["step"] == 8
+        and runs.checkpoints(tmp_path / "run")[0].name == "step-000005"
+    )
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 9, "lo')  # and the last line was cut short
     assert run("--resume", tmp_path / "run").code == 0
@@ -77,7 +108,9 @@ def test_the_scores_of_a_resumed_run_are_the_scores_of_the_whole_one(world, whol
     for folder in (whole, tmp_path / "run"):
         assert score(folder, "--data", world.tests).code == 0
     for name in ("results.json", "boolq.jsonl", "piqa.jsonl"):
-        assert (whole / "eval" / name).read_bytes() == (tmp_path / "run" / "eval" / name).read_bytes()
+        assert (whole / "eval" / name).read_bytes() == (
+            tmp_path / "run" / "eval" / name
+        ).read_bytes()
 
 
 # --- what is refused -------------------------------------------------------------------------------
@@ -86,7 +119,18 @@ def test_the_scores_of_a_resumed_run_are_the_scores_of_the_whole_one(world, whol
 def test_a_changed_setting_is_refused_by_name_and_nothing_is_touched(world, tmp_path):
     interrupt(2, *flags(world, tmp_path / "run"))
     before = tree(tmp_path)
-    result = run("--resume", tmp_path / "run", "--lr", "3e-2", "--rank", 8, "--targets", "q_proj", "--micro-batch-size", 1)
+    result = run(
+        "--resume",
+        tmp_path / "run",
+        "--lr",
+        "3e-2",
+        "--rank",
+        8,
+        "--targets",
+        "q_proj",
+        "--micro-batch-size",
+        1,
+    )
     refused(result, 2, "--rank 4 (now 8)", "--lr 0.01 (now 0.03)", "--targets")
     assert "micro" not in result.err and tree(tmp_path) == before
 
@@ -95,8 +139,14 @@ def test_other_records_another_tokenizer_or_another_base_are_not_resumed_with(wo
     copy = make_world(tmp_path / "world")
     interrupt(2, *flags(copy, tmp_path / "run"))
     records = json.loads(copy.data.read_text())
-    for path, content in [(copy.data, json.dumps(records[::-1]).encode()), (copy.base / "tokenizer.model", None),
-                          (copy.base / "config.json", (copy.base / "config.json").read_bytes().replace(b"10000.0", b"20000.0"))]:
+    for path, content in [
+        (copy.data, json.dumps(records[::-1]).encode()),
+        (copy.base / "tokenizer.model", None),
+        (
+            copy.base / "config.json",
+            (copy.base / "config.json").read_bytes().replace(b"10000.0", b"20000.0"),
+        ),
+    ]:
         original = path.read_bytes()
         path.write_bytes(content or original + b"\x1a\x00")
         refused(run("--resume", tmp_path / "run"), 3, "is not what", "put the original back")
@@ -106,7 +156,12 @@ def test_other_records_another_tokenizer_or_another_base_are_not_resumed_with(wo
 
 def test_memory_flags_may_change_on_resume(world, tmp_path):
     interrupt(2, *flags(world, tmp_path / "run"))
-    assert run("--resume", tmp_path / "run", "--micro-batch-size", 1, "--checkpoint-blocks", "all").code == 0
+    assert (
+        run(
+            "--resume", tmp_path / "run", "--micro-batch-size", 1, "--checkpoint-blocks", "all"
+        ).code
+        == 0
+    )
 
 
 def test_nothing_to_resume_is_not_a_new_start(world, tmp_path):
@@ -127,7 +182,10 @@ def test_an_existing_run_is_neither_continued_nor_overwritten_by_default(world, 
 
 
 def test_overwrite_starts_anew_and_leaves_nothing_of_the_old_run(world, whole, tmp_path):
-    assert run(*flags(world, tmp_path / "run", seed=7, max_steps=30, epochs=None, save_every=3)).code == 0
+    assert (
+        run(*flags(world, tmp_path / "run", seed=7, max_steps=30, epochs=None, save_every=3)).code
+        == 0
+    )
     score(tmp_path / "run", "--data", world.tests)
     assert run(*flags(world, tmp_path / "run"), "--overwrite").code == 0
     assert outcome(tmp_path / "run") == outcome(whole)
@@ -135,22 +193,26 @@ def test_overwrite_starts_anew_and_leaves_nothing_of_the_old_run(world, whole, t
 
 
 def test_a_run_that_appeared_while_the_model_was_read_is_not_wiped(world, tmp_path, monkeypatch):
-    prepare = rora.prepare
+    prepare = jobs.prepare
 
     def slow(*args):
-        monkeypatch.setattr(rora, "prepare", prepare)
+        monkeypatch.setattr(jobs, "prepare", prepare)
         assert run(*flags(world, tmp_path / "run", seed=3)).code == 0  # another process, quicker
         return prepare(*args)
 
-    monkeypatch.setattr(rora, "prepare", slow)
+    monkeypatch.setattr(jobs, "prepare", slow)
     refused(run(*flags(world, tmp_path / "run")), 2, "exists")
     assert json.loads((tmp_path / "run" / "run.json").read_text())["settings"]["seed"] == 3
 
 
-def test_two_processes_in_one_folder_are_refused_and_the_lock_dies_with_its_process(world, tmp_path):
+def test_two_processes_in_one_folder_are_refused_and_the_lock_dies_with_its_process(
+    world, tmp_path
+):
     interrupt(2, *flags(world, tmp_path / "run"))
-    hold = "import runs, sys, time; from pathlib import Path\nwith runs.lock(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
-    other = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path / "run")], cwd=ROOT, stdout=subprocess.PIPE)
+    hold = "import sys, time; from plumbing import run_folder as runs; from pathlib import Path\nwith runs.lock(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    other = subprocess.Popen(
+        [sys.executable, "-c", hold, str(tmp_path / "run")], cwd=ROOT, stdout=subprocess.PIPE
+    )
     assert other.stdout.readline() == b"held\n"
     before = tree(tmp_path)
     refused(run("--resume", tmp_path / "run"), 2, "in use by another process")
@@ -165,7 +227,12 @@ def test_two_processes_in_one_folder_are_refused_and_the_lock_dies_with_its_proc
 def test_resuming_a_finished_run_says_so_and_changes_nothing(world, whole):
     before = tree(whole)
     result = run("--resume", whole)
-    assert result.code == 0 and "is finished" in result.out and result.err == "" and tree(whole) == before
+    assert (
+        result.code == 0
+        and "is finished" in result.out
+        and result.err == ""
+        and tree(whole) == before
+    )
 
 
 # --- signals ---------------------------------------------------------------------------------------
@@ -183,8 +250,11 @@ def test_a_second_signal_ends_the_process_at_once(world, tmp_path):
     assert in_child(work) == 143 and runs.checkpoints(tmp_path / "run") == []
 
 
-def test_a_signal_between_deciding_to_save_and_stopping_waits_for_the_next_step(world, whole, tmp_path, monkeypatch):
+def test_a_signal_between_deciding_to_save_and_stopping_waits_for_the_next_step(
+    world, whole, tmp_path, monkeypatch
+):
     """Asked twice, `stop` could answer no to "save?" and yes to "stop?": the step would be lost."""
+
     class Late(list):
         asked = 0
 
@@ -195,10 +265,16 @@ def test_a_signal_between_deciding_to_save_and_stopping_waits_for_the_next_step(
             return len(self) > 0
 
     stop = Late()
-    monkeypatch.setattr(runs, "stop_signals", lambda: rora.contextmanager(lambda: (yield stop))())
+    monkeypatch.setattr(
+        runs,
+        "stop_signals",
+        lambda: __import__("contextlib").contextmanager(lambda: (yield stop))(),
+    )
     assert run(*flags(world, tmp_path / "run")).code == 130 and runs.checkpoints(tmp_path / "run")
     monkeypatch.undo()
-    assert run("--resume", tmp_path / "run").code == 0 and outcome(tmp_path / "run") == outcome(whole)
+    assert run("--resume", tmp_path / "run").code == 0 and outcome(tmp_path / "run") == outcome(
+        whole
+    )
 
 
 def test_scoring_can_be_stopped_and_goes_on_where_it_stopped(world, whole, tmp_path, monkeypatch):
@@ -215,7 +291,9 @@ def test_scoring_can_be_stopped_and_goes_on_where_it_stopped(world, whole, tmp_p
     for code in (143, 143, 0):
         assert score(*command, tmp_path / "cut").code == code
     questions = len(asked)
-    assert score(*command, tmp_path / "cut").code == 0 and len(asked) == questions == 16  # nothing twice, nothing lost
+    assert (
+        score(*command, tmp_path / "cut").code == 0 and len(asked) == questions == 16
+    )  # nothing twice, nothing lost
     monkeypatch.setattr(judge, "generate", generate)
     assert score(*command, tmp_path / "whole").code == 0
     assert tree(tmp_path / "cut") == tree(tmp_path / "whole")
@@ -241,14 +319,31 @@ def test_answers_do_not_depend_on_batch_size_or_the_order_of_the_questions(world
     questions = json.loads((world.tests / "boolq.json").read_text())
     (turned / "boolq.json").write_text(json.dumps(questions[::-1]))
     said = []
-    for i, (folder, size) in enumerate([(world.tests, 1), (world.tests, 4), (world.tests, 64), (turned, 3)]):
-        assert score(whole, "--data", folder, "--tasks", "boolq", "--batch-size", size, "--out", tmp_path / str(i)).code == 0
+    for i, (folder, size) in enumerate(
+        [(world.tests, 1), (world.tests, 4), (world.tests, 64), (turned, 3)]
+    ):
+        assert (
+            score(
+                whole,
+                "--data",
+                folder,
+                "--tasks",
+                "boolq",
+                "--batch-size",
+                size,
+                "--out",
+                tmp_path / str(i),
+            ).code
+            == 0
+        )
         answers = judge.read_generations(tmp_path / str(i) / "boolq.jsonl")
         said.append([answers[n] for n in sorted(answers)])
     assert said[0] == said[1] == said[2] == said[3][::-1] and len(set(said[0])) > 1
 
 
-def test_scores_of_another_adapter_or_of_changed_questions_are_not_gone_on_with(world, whole, tmp_path):
+def test_scores_of_another_adapter_or_of_changed_questions_are_not_gone_on_with(
+    world, whole, tmp_path
+):
     copy = make_world(tmp_path / "world")
     command = (whole, "--data", copy.tests, "--out", tmp_path / "scores")
     assert score(*command).code == 0
@@ -262,13 +357,18 @@ def test_scores_of_another_adapter_or_of_changed_questions_are_not_gone_on_with(
 
 def test_training_does_not_depend_on_micro_batches_or_on_recomputed_blocks(world, tmp_path):
     plain = {"dropout": 0, "max_steps": 4, "epochs": None}
-    for name, change in [("a", {"micro_batch_size": 4}), ("b", {"micro_batch_size": 1}),
-                         ("c", {"micro_batch_size": 4, "checkpoint_blocks": 1}),
-                         ("d", {"micro_batch_size": 4, "checkpoint_blocks": "all"})]:
+    for name, change in [
+        ("a", {"micro_batch_size": 4}),
+        ("b", {"micro_batch_size": 1}),
+        ("c", {"micro_batch_size": 4, "checkpoint_blocks": 1}),
+        ("d", {"micro_batch_size": 4, "checkpoint_blocks": "all"}),
+    ]:
         assert run(*flags(world, tmp_path / name, **plain, **change)).code == 0
     a, b, c, d = (rows(tmp_path / name) for name in "abcd")
     assert a == c == d
     for x, y in zip(a, b, strict=True):
         assert x.keys() == y.keys() and all(y[k] == pytest.approx(x[k], rel=1e-5) for k in x)
     weights = [load_file(tmp_path / name / "adapter_model.safetensors") for name in "ab"]
-    assert all(torch.allclose(weights[0][k], weights[1][k], rtol=1e-3, atol=1e-5) for k in weights[0])
+    assert all(
+        torch.allclose(weights[0][k], weights[1][k], rtol=1e-3, atol=1e-5) for k in weights[0]
+    )

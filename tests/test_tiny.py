@@ -18,6 +18,7 @@ import pretrain
 import world
 from data import TASKS, format_prompt, load_tokenizer
 
+
 # The wording of the real records, as full matches; `opt(4)` stands for a list of options and what may be answered.
 def opt(label: str, n: int, gap: str = " ", end: str = "\n\n") -> str:
     listed = gap.join(rf"{label.capitalize()}{i}: [^\n]+?" for i in range(1, n + 1))
@@ -27,18 +28,36 @@ def opt(label: str, n: int, gap: str = " ", end: str = "\n\n") -> str:
 CHOOSE = r"Please choose the correct answer to the question: [^\n]+\n\n"
 FORMATS = {
     "boolq": r"Please answer the following question with true or false, question: [^\n]+\?\n\nAnswer format: true/false",
-    "piqa": r"Please choose the correct solution to the question: [^\n]+\n\n" + opt("solution", 2, gap="\n\n"),
+    "piqa": r"Please choose the correct solution to the question: [^\n]+\n\n"
+    + opt("solution", 2, gap="\n\n"),
     "social_i_qa": CHOOSE + opt("answer", 3),
-    "hellaswag": r"Please choose the correct ending to complete the given sentence: [^\n:]+: [^\n]+\n\n" + opt("ending", 4),
+    "hellaswag": r"Please choose the correct ending to complete the given sentence: [^\n:]+: [^\n]+\n\n"
+    + opt("ending", 4),
     "winogrande": r"Please choose the correct answer to fill in the blank to complete the given sentence: [^\n]*_[^\n]*\n\n"
-                  + opt("option", 2, end=" "),
+    + opt("option", 2, end=" "),
     "ARC-Easy": CHOOSE + f"({opt('answer', 3)}|{opt('answer', 4)}|{opt('answer', 5)})",
     "ARC-Challenge": CHOOSE + f"({opt('answer', 3)}|{opt('answer', 4)}|{opt('answer', 5)})",
     "openbookqa": CHOOSE + opt("answer", 4),
 }
 HOMES = {"test": "data", "strict": "strict", "val": "val"}
-FORBIDDEN = ["answer1", "answer2", "solution1", "option1", "ending1", "please", "choose", "correct", "true", "false",
-             "answer format", "below is", "instruction", "response", "complete the given", "fill in the blank"]
+FORBIDDEN = [
+    "answer1",
+    "answer2",
+    "solution1",
+    "option1",
+    "ending1",
+    "please",
+    "choose",
+    "correct",
+    "true",
+    "false",
+    "answer format",
+    "below is",
+    "instruction",
+    "response",
+    "complete the given",
+    "fill in the blank",
+]
 
 
 def records(split: str, task: str) -> list[dict]:
@@ -52,8 +71,14 @@ def train() -> list[dict]:
 
 @pytest.fixture(scope="module")
 def sentences() -> list[str]:
-    readers = [corpus.Corpus(world.build_world(), seed=1, hint=0.5, noise=noise) for noise in (0.0, 0.7)]
-    return [d.replace("^", "") for r in readers for d in islice(r.documents({kind: 1.0 for kind in r.kinds}), 10_000)]
+    readers = [
+        corpus.Corpus(world.build_world(), seed=1, hint=0.5, noise=noise) for noise in (0.0, 0.7)
+    ]
+    return [
+        d.replace("^", "")
+        for r in readers
+        for d in islice(r.documents({kind: 1.0 for kind in r.kinds}), 10_000)
+    ]
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -62,14 +87,25 @@ def test_records_have_the_wording_of_the_real_benchmark(task):
         for r in records(split, task):
             assert list(r) == ["instruction", "input", "output", "answer"] and r["input"] == ""
             assert re.fullmatch(FORMATS[task], r["instruction"]), r["instruction"]
-            assert re.fullmatch(TASKS[task], r["answer"]) and r["output"] == f"the correct answer is {r['answer']}"
+            assert (
+                re.fullmatch(TASKS[task], r["answer"])
+                and r["output"] == f"the correct answer is {r['answer']}"
+            )
             assert r["answer"] in r["instruction"].split("Answer format: ")[1].split("/")
 
 
 def test_training_records_mix_all_eight_tasks_in_the_same_wording(train):
     matched = Counter()
     for r in train:
-        matched.update([next(task for task, pattern in FORMATS.items() if re.fullmatch(pattern, r["instruction"]))])
+        matched.update(
+            [
+                next(
+                    task
+                    for task, pattern in FORMATS.items()
+                    if re.fullmatch(pattern, r["instruction"])
+                )
+            ]
+        )
     assert len(train) >= 1000 and sum(matched.values()) == len(train)
     assert len(matched) >= 6  # openbookqa and both ARCs share one pattern
 
@@ -90,11 +126,17 @@ def test_no_question_is_asked_twice_or_in_two_splits(train):
 
 def test_facts_behind_test_questions_are_in_no_fine_tuning_record():
     w = world.build_world()
-    known = {split: {f for task in world.STEMS for q in world.questions(w, task, split, n) for f in q.facts}
-             for split, n in world.SIZES.items()}
+    known = {
+        split: {
+            f for task in world.STEMS for q in world.questions(w, task, split, n) for f in q.facts
+        }
+        for split, n in world.SIZES.items()
+    }
     assert not known["train"] & (known["test"] | known["strict"])
     assert not known["val"] & (known["test"] | known["strict"])
-    rules = {f for f in known["test"] if f[0] in w.parent}  # a rule such as (gear, barber, razor) may serve both
+    rules = {
+        f for f in known["test"] if f[0] in w.parent
+    }  # a rule such as (gear, barber, razor) may serve both
     assert not known["test"] & known["strict"] - rules
 
 
@@ -112,8 +154,12 @@ def test_no_training_record_names_a_test_subject_together_with_its_value(train):
 def test_every_place_is_right_equally_often(task):
     for split in HOMES:
         rows = records(split, task)
-        for n in {len(re.findall("/", r["instruction"])) for r in rows}:  # questions with as many options
-            counts = Counter(r["answer"] for r in rows if len(re.findall("/", r["instruction"])) == n)
+        for n in {
+            len(re.findall("/", r["instruction"])) for r in rows
+        }:  # questions with as many options
+            counts = Counter(
+                r["answer"] for r in rows if len(re.findall("/", r["instruction"])) == n
+            )
             assert max(counts.values()) - min(counts.values()) <= 5 and len(counts) == n + 1
 
 
@@ -125,7 +171,11 @@ def test_the_corpus_never_speaks_like_the_tasks(sentences):
 def test_the_corpus_never_asks_a_question_in_a_tasks_words(sentences):
     text = "\n".join(sentences).lower()
     w = world.build_world()
-    stems = {r["instruction"].split("\n\n")[0].split(": ", 1)[1].lower() for task in TASKS for r in records("test", task)}
+    stems = {
+        r["instruction"].split("\n\n")[0].split(": ", 1)[1].lower()
+        for task in TASKS
+        for r in records("test", task)
+    }
     assert w and not [stem for stem in stems if stem in text]
 
 
@@ -156,8 +206,13 @@ def test_the_committed_log_is_of_the_stages_as_they_are():
     for stage, (millions, _, _) in pretrain.STAGES.items():
         rows = [row for row in log if row["stage"] == stage]
         began = next((row["tokens"] for row in reversed(log[: log.index(rows[0])])), 0)
-        spent, (probe, percent) = (rows[-1]["tokens"] - began) / 1e6, pretrain.UNTIL.get(stage, ("loss", 0))
-        assert spent == pytest.approx(millions, abs=0.01) or (millions < spent < 3 * millions and rows[-1][probe] >= percent), stage
+        spent, (probe, percent) = (
+            (rows[-1]["tokens"] - began) / 1e6,
+            pretrain.UNTIL.get(stage, ("loss", 0)),
+        )
+        assert spent == pytest.approx(millions, abs=0.01) or (
+            millions < spent < 3 * millions and rows[-1][probe] >= percent
+        ), stage
 
 
 def test_the_checkpoint_is_small():
@@ -175,4 +230,9 @@ def test_every_name_is_one_token_and_no_record_is_long(train):
     names = corpus.Corpus(world.build_world(), 0).words
     long = [n for n in names if " " not in n and len(tokenizer.encode(n, bos=False, eos=False)) > 1]
     assert not long
-    assert max(len(tokenizer.encode(format_prompt(r) + r["output"], bos=True, eos=True)) for r in train) <= 128
+    assert (
+        max(
+            len(tokenizer.encode(format_prompt(r) + r["output"], bos=True, eos=True)) for r in train
+        )
+        <= 128
+    )

@@ -13,48 +13,143 @@ from world import World
 
 # relation: (statements, questions, questions with yes or no, questions whose answer is a subject)
 WORDING = {
-    "food": (["the {s} eats^ {v}^.", "the {s} likes to eat^ {v}^.", "{v} is eaten by the^ {s}^.", "food for the {s} is^ {v}^."],
-             ["what does the {s} eat?", "what is food for the {s}?"],
-             ["does the {s} eat {v}?", "is {v} food for the {s}?"], ["which animal eats {v}?", "{v} is eaten by the"]),
-    "home": (["the {s} lives in the^ {v}^.", "the home of the {s} is the^ {v}^.", "in the {v} lives the^ {s}^.", "we find the {s} in the^ {v}^."],
-             ["where does the {s} live?", "where is the home of the {s}?"],
-             ["does the {s} live in the {v}?", "is the {v} home to the {s}?"], ["which animal lives in the {v}?", "in the {v} lives the"]),
-    "color": (["the {s} is^ {v}^.", "the color of the {s} is^ {v}^.", "{v} is the color of the^ {s}^.", "we see a {s}, and it is^ {v}^."],
-              ["what color is the {s}?", "what is the color of the {s}?"],
-              ["is the {s} {v}?", "is {v} the color of the {s}?"], ["which animal is {v}?", "{v} is the color of the"]),
-    "job": (["{s} is a^ {v}^.", "the work of {s} is that of a^ {v}^.", "the {v} is called^ {s}^.", "{s} works as a^ {v}^."],
-            ["what is the job of {s}?", "what work has {s}?"],
-            ["is {s} a {v}?", "does {s} work as a {v}?"], ["who is a {v}?", "the {v} is called"]),
-    "town": (["{s} lives in^ {v}^.", "the home of {s} is in^ {v}^.", "in {v} lives^ {s}^.", "we find {s} in^ {v}^."],
-             ["which town is home to {s}?", "where does {s} live?"],
-             ["does {s} live in {v}?", "is {v} home to {s}?"], ["who lives in {v}?", "in {v} lives"]),
-    "tool": (["to {s}, take a^ {v}^.", "we {s} with a^ {v}^.", "they {s}, and for that they need a^ {v}^."],
-             ["what do we need to {s}?", "with what do we {s}?"],
-             ["do we {s} with a {v}?", "do we need a {v} to {s}?"], []),
-    "feeling": (["{p} {s} and was^ {v}^.", "{p} {s}, so {p} felt^ {v}^.", "{p} {s}. this made {p}^ {v}^."],
-                ["{p} {s}. how was {p}?", "{p} {s}. what did {p} feel?"],
-                ["{p} {s}. was {p} {v}?", "{p} {s}. did {p} feel {v}?"], []),
-    "next": (["{p} {s} and begins to^ {v}^.", "{p} {s} in order to^ {v}^.", "{p} {s}. soon {p} can^ {v}^."],
-             ["{p} {s}. what comes now?", "{p} {s}. what does {p} begin?"],
-             ["{p} {s}. does {p} begin to {v}?", "{p} {s}. can {p} {v}?"], []),
-    "source": (["the {s} finds food in the^ {v}^.", "to eat, the {s} goes to the^ {v}^.", "food for the {s} is in the^ {v}^."],
-               ["where does the {s} find food?", "to eat, where does the {s} go?"],
-               ["does the {s} find food in the {v}?", "is food for the {s} in the {v}?"], ["which animal finds food in the {v}?"]),
-    "hideout": (["the {s} hides in the^ {v}^.", "we do not see the {s} in the^ {v}^.", "in the {v} hides the^ {s}^."],
-                ["where does the {s} hide?", "where do we not see the {s}?"],
-                ["does the {s} hide in the {v}?", "is the {v} where the {s} hides?"], ["which animal hides in the {v}?", "in the {v} hides the"]),
-    "workplace": (["{s} works in the^ {v}^.", "{s} goes to work in the^ {v}^.", "at work {s} is in the^ {v}^."],
-                  ["where does {s} work?", "where is {s} at work?"],
-                  ["does {s} work in the {v}?", "is {s} in the {v} at work?"], ["who works in the {v}?"]),
-    "gear": (["{s} works with the^ {v}^.", "for work {s} needs the^ {v}^.", "{s} holds the^ {v}^."],
-             ["with what does {s} work?", "what does {s} hold?"],
-             ["does {s} work with the {v}?", "does {s} need the {v} for work?"], ["who works with the {v}?"]),
-    "sight": (["{s} lives near the^ {v}^.", "the home of {s} is near the^ {v}^.", "from home {s} sees the^ {v}^."],
-              ["what does {s} live near?", "what does {s} see from home?"],
-              ["does {s} live near the {v}?", "does {s} see the {v} from home?"], ["who lives near the {v}?"]),
-    "wish": (["{p} {s} and wanted to^ {v}^.", "{p} {s}, so {p} had to^ {v}^.", "{p} {s}. now {p} must^ {v}^."],
-             ["{p} {s}. what did {p} want?", "{p} {s}. what must {p} do?"],
-             ["{p} {s}. did {p} want to {v}?", "{p} {s}. must {p} {v}?"], []),
+    "food": (
+        [
+            "the {s} eats^ {v}^.",
+            "the {s} likes to eat^ {v}^.",
+            "{v} is eaten by the^ {s}^.",
+            "food for the {s} is^ {v}^.",
+        ],
+        ["what does the {s} eat?", "what is food for the {s}?"],
+        ["does the {s} eat {v}?", "is {v} food for the {s}?"],
+        ["which animal eats {v}?", "{v} is eaten by the"],
+    ),
+    "home": (
+        [
+            "the {s} lives in the^ {v}^.",
+            "the home of the {s} is the^ {v}^.",
+            "in the {v} lives the^ {s}^.",
+            "we find the {s} in the^ {v}^.",
+        ],
+        ["where does the {s} live?", "where is the home of the {s}?"],
+        ["does the {s} live in the {v}?", "is the {v} home to the {s}?"],
+        ["which animal lives in the {v}?", "in the {v} lives the"],
+    ),
+    "color": (
+        [
+            "the {s} is^ {v}^.",
+            "the color of the {s} is^ {v}^.",
+            "{v} is the color of the^ {s}^.",
+            "we see a {s}, and it is^ {v}^.",
+        ],
+        ["what color is the {s}?", "what is the color of the {s}?"],
+        ["is the {s} {v}?", "is {v} the color of the {s}?"],
+        ["which animal is {v}?", "{v} is the color of the"],
+    ),
+    "job": (
+        [
+            "{s} is a^ {v}^.",
+            "the work of {s} is that of a^ {v}^.",
+            "the {v} is called^ {s}^.",
+            "{s} works as a^ {v}^.",
+        ],
+        ["what is the job of {s}?", "what work has {s}?"],
+        ["is {s} a {v}?", "does {s} work as a {v}?"],
+        ["who is a {v}?", "the {v} is called"],
+    ),
+    "town": (
+        [
+            "{s} lives in^ {v}^.",
+            "the home of {s} is in^ {v}^.",
+            "in {v} lives^ {s}^.",
+            "we find {s} in^ {v}^.",
+        ],
+        ["which town is home to {s}?", "where does {s} live?"],
+        ["does {s} live in {v}?", "is {v} home to {s}?"],
+        ["who lives in {v}?", "in {v} lives"],
+    ),
+    "tool": (
+        [
+            "to {s}, take a^ {v}^.",
+            "we {s} with a^ {v}^.",
+            "they {s}, and for that they need a^ {v}^.",
+        ],
+        ["what do we need to {s}?", "with what do we {s}?"],
+        ["do we {s} with a {v}?", "do we need a {v} to {s}?"],
+        [],
+    ),
+    "feeling": (
+        ["{p} {s} and was^ {v}^.", "{p} {s}, so {p} felt^ {v}^.", "{p} {s}. this made {p}^ {v}^."],
+        ["{p} {s}. how was {p}?", "{p} {s}. what did {p} feel?"],
+        ["{p} {s}. was {p} {v}?", "{p} {s}. did {p} feel {v}?"],
+        [],
+    ),
+    "next": (
+        [
+            "{p} {s} and begins to^ {v}^.",
+            "{p} {s} in order to^ {v}^.",
+            "{p} {s}. soon {p} can^ {v}^.",
+        ],
+        ["{p} {s}. what comes now?", "{p} {s}. what does {p} begin?"],
+        ["{p} {s}. does {p} begin to {v}?", "{p} {s}. can {p} {v}?"],
+        [],
+    ),
+    "source": (
+        [
+            "the {s} finds food in the^ {v}^.",
+            "to eat, the {s} goes to the^ {v}^.",
+            "food for the {s} is in the^ {v}^.",
+        ],
+        ["where does the {s} find food?", "to eat, where does the {s} go?"],
+        ["does the {s} find food in the {v}?", "is food for the {s} in the {v}?"],
+        ["which animal finds food in the {v}?"],
+    ),
+    "hideout": (
+        [
+            "the {s} hides in the^ {v}^.",
+            "we do not see the {s} in the^ {v}^.",
+            "in the {v} hides the^ {s}^.",
+        ],
+        ["where does the {s} hide?", "where do we not see the {s}?"],
+        ["does the {s} hide in the {v}?", "is the {v} where the {s} hides?"],
+        ["which animal hides in the {v}?", "in the {v} hides the"],
+    ),
+    "workplace": (
+        [
+            "{s} works in the^ {v}^.",
+            "{s} goes to work in the^ {v}^.",
+            "at work {s} is in the^ {v}^.",
+        ],
+        ["where does {s} work?", "where is {s} at work?"],
+        ["does {s} work in the {v}?", "is {s} in the {v} at work?"],
+        ["who works in the {v}?"],
+    ),
+    "gear": (
+        ["{s} works with the^ {v}^.", "for work {s} needs the^ {v}^.", "{s} holds the^ {v}^."],
+        ["with what does {s} work?", "what does {s} hold?"],
+        ["does {s} work with the {v}?", "does {s} need the {v} for work?"],
+        ["who works with the {v}?"],
+    ),
+    "sight": (
+        [
+            "{s} lives near the^ {v}^.",
+            "the home of {s} is near the^ {v}^.",
+            "from home {s} sees the^ {v}^.",
+        ],
+        ["what does {s} live near?", "what does {s} see from home?"],
+        ["does {s} live near the {v}?", "does {s} see the {v} from home?"],
+        ["who lives near the {v}?"],
+    ),
+    "wish": (
+        [
+            "{p} {s} and wanted to^ {v}^.",
+            "{p} {s}, so {p} had to^ {v}^.",
+            "{p} {s}. now {p} must^ {v}^.",
+        ],
+        ["{p} {s}. what did {p} want?", "{p} {s}. what must {p} do?"],
+        ["{p} {s}. did {p} want to {v}?", "{p} {s}. must {p} {v}?"],
+        [],
+    ),
 }
 
 RULE_WORDING = {
@@ -74,23 +169,55 @@ LEADS = ["", "", "it is "]
 class Corpus:
     """Documents of every kind, drawn at random, without end."""
 
-    def __init__(self, world: World, seed: int, hint: float = 0.0, heads: int = len(HEADS), noise: float = 0.0):
+    def __init__(
+        self,
+        world: World,
+        seed: int,
+        hint: float = 0.0,
+        heads: int = len(HEADS),
+        noise: float = 0.0,
+    ):
         """`hint`: how often the verdict on an option is let slip. `heads`: how many names list entries go by."""
-        self.world, self.rng, self.hint, self.heads, self.noise = world, random.Random(seed), hint, HEADS[:heads], noise
+        self.world, self.rng, self.hint, self.heads, self.noise = (
+            world,
+            random.Random(seed),
+            hint,
+            HEADS[:heads],
+            noise,
+        )
         self.names = list(world.facts["job"])
-        self.asked = {r: world.subjects(r, "train", "val", "test") for r in WORDING}  # strict facts are only stated
-        self.words = sorted({w for of in world.facts.values() for w in of.values()} | set(world.facts["food"]) | set(self.names))
+        self.asked = {
+            r: world.subjects(r, "train", "val", "test") for r in WORDING
+        }  # strict facts are only stated
+        self.words = sorted(
+            {w for of in world.facts.values() for w in of.values()}
+            | set(world.facts["food"])
+            | set(self.names)
+        )
         self.content = {part for w in self.words for part in w.split()} - {"the", "for", "in", "to"}
         self.kinds: dict[str, Callable[[], str]] = {
-            "statements": self.statements, "copy": self.copy, "bare": self.bare, "lookup": self.lookup, "answer": self.answer,
-            "same": self.same, "yesno": self.yesno, "verdict": self.verdict, "named": self.named, "judged": self.judged,
-            "label": self.label}
+            "statements": self.statements,
+            "copy": self.copy,
+            "bare": self.bare,
+            "lookup": self.lookup,
+            "answer": self.answer,
+            "same": self.same,
+            "yesno": self.yesno,
+            "verdict": self.verdict,
+            "named": self.named,
+            "judged": self.judged,
+            "label": self.label,
+        }
 
     def documents(self, mix: dict[str, float]) -> Iterator[str]:
         kinds, weights = list(mix), list(mix.values())
         while True:
             document = self.kinds[self.rng.choices(kinds, weights)[0]]()
-            opening = self.gibberish(self.rng.randint(3, 25)) + self.join() if self.rng.random() < self.noise / 2 else ""
+            opening = (
+                self.gibberish(self.rng.randint(3, 25)) + self.join()
+                if self.rng.random() < self.noise / 2
+                else ""
+            )
             yield opening + document
 
     # --- knowledge ---
@@ -114,7 +241,9 @@ class Corpus:
         relation = self.rng.choice(list(WORDING))
         subject = self.rng.choice(self.asked[relation])
         value = self.world.facts[relation][subject]
-        stems = [s.split("^")[0] for s in WORDING[relation][0] if s.endswith("{v}^.")]  # a statement left open
+        stems = [
+            s.split("^")[0] for s in WORDING[relation][0] if s.endswith("{v}^.")
+        ]  # a statement left open
         template = self.rng.choice(WORDING[relation][1] * 2 + stems)
         return self.fill(template, subject, value), relation, subject, value
 
@@ -123,7 +252,14 @@ class Corpus:
         parts = []
         for _ in range(3):
             question, _, _, value = self.question()
-            parts.append(question + self.rng.choice(["", self.filler(0.5)]) + "^" + self.rng.choice([" ", " it is ", " so "]) + value + "^.")
+            parts.append(
+                question
+                + self.rng.choice(["", self.filler(0.5)])
+                + "^"
+                + self.rng.choice([" ", " it is ", " so "])
+                + value
+                + "^."
+            )
         return " ".join(parts)
 
     def check(self) -> tuple[str, str]:
@@ -132,13 +268,20 @@ class Corpus:
         subject = self.rng.choice(self.asked[relation])
         value, says = self.world.facts[relation][subject], "yes"
         if self.rng.random() < 0.5:
-            value, says = self.rng.choice([v for v in self.world.values[relation] if v != value]), "no"
+            value, says = (
+                self.rng.choice([v for v in self.world.values[relation] if v != value]),
+                "no",
+            )
         return self.blur(self.fill(self.rng.choice(WORDING[relation][2]), subject, value)), says
 
     def yesno(self) -> str:
         parts = []
         for check, says in (self.check() for _ in range(3)):
-            menu = self.join() + self.rng.choice(["yes/no", self.gibberish(3)]) if self.rng.random() < self.noise / 2 else ""
+            menu = (
+                self.join() + self.rng.choice(["yes/no", self.gibberish(3)])
+                if self.rng.random() < self.noise / 2
+                else ""
+            )
             gap = self.join() if self.rng.random() < self.noise else ""
             parts.append(f"{check}{self.filler(0.3)}{menu}{gap}^ {self.lead('we say ')}{says}^.")
         return " ".join(parts)
@@ -149,14 +292,21 @@ class Corpus:
         for _ in range(6):
             a, b = self.rng.sample(self.words, 2)
             b, says = (a, "yes") if self.rng.random() < 0.5 else (b, "no")
-            parts.append(self.rng.choice(["is {a} {b}?", "{a}, {b}?", "{a} and {b}?"]).format(a=a, b=b) + f"^ {says}^.")
+            parts.append(
+                self.rng.choice(["is {a} {b}?", "{a}, {b}?", "{a} and {b}?"]).format(a=a, b=b)
+                + f"^ {says}^."
+            )
         return " ".join(parts)
 
     # --- picking from a list ---
 
     def listed(self, words: list[str]) -> tuple[str, Callable[[int], str]]:
         """A numbered list, and how its i-th entry (from 0) is called: "Box1: saw Box2: rope", box1."""
-        head, gap, before = self.rng.choice(self.heads), self.rng.choice([" "] * 5 + ["\n", "\n\n"]), ""
+        head, gap, before = (
+            self.rng.choice(self.heads),
+            self.rng.choice([" "] * 5 + ["\n", "\n\n"]),
+            "",
+        )
         if self.rng.random() < self.noise:
             head = self.rng.choice([self.gibberish(1), self.rng.choice(self.words).split()[-1]])
             before = self.rng.choice(["", "", self.gibberish(1) + " ", self.gibberish(2) + " "])
@@ -171,8 +321,12 @@ class Corpus:
         """painter2: the word itself asks for its number. Dense, and with replacement: without it one learns to eliminate."""
         words = self.rng.sample(self.words, self.rng.randint(2, 5))
         text, _ = self.listed(words)
-        link = self.rng.choice(["", "", "", ":", " is number", "? number"])  # the answer moves away, word by word
-        asks = "".join(f" {words[i]}{link}^{i + 1}^" for i in self.rng.choices(range(len(words)), k=8))
+        link = self.rng.choice(
+            ["", "", "", ":", " is number", "? number"]
+        )  # the answer moves away, word by word
+        asks = "".join(
+            f" {words[i]}{link}^{i + 1}^" for i in self.rng.choices(range(len(words)), k=8)
+        )
         return f"{text}{self.rng.choice([' =', ' =', '.', self.filler(1)])}{asks}."
 
     def lookup(self) -> str:
@@ -181,7 +335,9 @@ class Corpus:
         text, name = self.listed(words)
         if self.rng.random() < 0.6:
             lead = self.rng.choice(LEADS)
-            asks = [f"{words[i]}?^ {lead}{name(i)}^." for i in self.rng.choices(range(len(words)), k=5)]
+            asks = [
+                f"{words[i]}?^ {lead}{name(i)}^." for i in self.rng.choices(range(len(words)), k=5)
+            ]
             return text + self.join() + " ".join(asks)
         i = self.rng.randrange(len(words))
         return f"{words[i]}?{self.join()}{text}{self.filler(0.5, name, len(words))}{self.picked(words[i], name(i))}"
@@ -197,12 +353,20 @@ class Corpus:
             relation = self.rng.choice(reverse)
             right = self.rng.choice(self.asked[relation])
             value = self.world.facts[relation][right]
-            wrong = self.rng.sample([s for s in self.asked[relation] if self.world.facts[relation][s] != value], n - 1)
+            wrong = self.rng.sample(
+                [s for s in self.asked[relation] if self.world.facts[relation][s] != value], n - 1
+            )
             question = self.rng.choice(WORDING[relation][3]).format(v=value)
             if n == 2 and self.rng.random() < 0.8:
                 the = "" if right in self.names else "the "
                 a, b = (the + s for s in self.rng.sample([right, *wrong], 2))
-                question = self.rng.choice([f"we met {a} and {b}. {question}", f"{a} is by {b}, and {question}", f"{question} {a} or {b}?"])
+                question = self.rng.choice(
+                    [
+                        f"we met {a} and {b}. {question}",
+                        f"{a} is by {b}, and {question}",
+                        f"{question} {a} or {b}?",
+                    ]
+                )
         at = self.rng.randrange(n)
         return self.blur(question), [*wrong[:at], right, *wrong[at:]], at
 
@@ -210,7 +374,10 @@ class Corpus:
         """Every option judged where it stands; some verdicts are left out, so that the end must do without."""
         question, options, at = self.named_one() if self.rng.random() < 0.3 else self.poll()
         keep = self.rng.choice([0.0, 0.5, 1.0, 1.0, 1.0])
-        judged = [o + (f"^ {'yes' if i == at else 'no'}^" if self.rng.random() < keep else "") for i, o in enumerate(options)]
+        judged = [
+            o + (f"^ {'yes' if i == at else 'no'}^" if self.rng.random() < keep else "")
+            for i, o in enumerate(options)
+        ]
         text, name = self.listed(judged)
         return f"{question}{self.join()}{text}{self.filler(0.3, name, len(options))}^{self.join()}{name(at)}^."
 
@@ -230,7 +397,12 @@ class Corpus:
     def judge(self, question: str, options: list[str], at: int) -> str:
         """All verdicts or none, then the right one's label."""
         said = self.rng.random() < self.hint
-        text, name = self.listed([o + (f"^ {'yes' if i == at else 'no'}^" if said else "") for i, o in enumerate(options)])
+        text, name = self.listed(
+            [
+                o + (f"^ {'yes' if i == at else 'no'}^" if said else "")
+                for i, o in enumerate(options)
+            ]
+        )
         join = self.join()
         return f"{question}{join}{text}^{join}{name(at)}^."
 
@@ -240,7 +412,11 @@ class Corpus:
         text, name = self.listed(options)
         if self.rng.random() < self.hint:
             question += f"^ {options[at]}^."
-        body = f"{text}{self.join()}{question}" if self.rng.random() < 0.05 else f"{question}{self.join()}{text}"
+        body = (
+            f"{text}{self.join()}{question}"
+            if self.rng.random() < 0.05
+            else f"{question}{self.join()}{text}"
+        )
         return f"{body}{self.filler(0.6, name, len(options))}{self.picked(options[at], name(at))}"
 
     # --- strange signs ---
@@ -254,8 +430,12 @@ class Corpus:
         if self.rng.random() >= self.noise:
             return text
         rate = self.rng.choice([0.5, 1.0])
-        return " ".join(w if w.strip(".,:?") in self.content or self.rng.random() >= rate
-                        else self.gibberish(self.rng.choice([0, 1, 1, 1, 2])) + w[len(w.rstrip(".,:?")):] for w in text.split(" "))
+        return " ".join(
+            w
+            if w.strip(".,:?") in self.content or self.rng.random() >= rate
+            else self.gibberish(self.rng.choice([0, 1, 1, 1, 2])) + w[len(w.rstrip(".,:?")) :]
+            for w in text.split(" ")
+        )
 
     def gibberish(self, n: int) -> str:
         """n signs that no text uses: one byte piece each."""
@@ -264,7 +444,9 @@ class Corpus:
     def picked(self, word: str, name: str) -> str:
         """How a pick is told: its number alone, mostly, or the right word on the way to the number."""
         number = name[-1]
-        told = self.rng.choice([self.lead("it is ") + name] * 4 + [f"{word}{number}", f"{word} is {name}"])
+        told = self.rng.choice(
+            [self.lead("it is ") + name] * 4 + [f"{word}{number}", f"{word} is {name}"]
+        )
         return f"^{self.join()}{told}^."
 
     def lead(self, usual: str) -> str:
@@ -276,7 +458,11 @@ class Corpus:
 
     def join(self) -> str:
         if self.rng.random() < self.noise / 2:
-            return self.rng.choice(JOINS) + self.gibberish(self.rng.randint(1, 10)) + self.rng.choice(JOINS)
+            return (
+                self.rng.choice(JOINS)
+                + self.gibberish(self.rng.randint(1, 10))
+                + self.rng.choice(JOINS)
+            )
         return self.rng.choice(JOINS)
 
     def filler(self, often: float, name: Callable[[int], str] | None = None, n: int = 0) -> str:
@@ -285,5 +471,10 @@ class Corpus:
             return ""
         if name is not None and self.rng.random() < 0.6:
             between = self.rng.choice(["/", ", ", " or "])
-            return self.join() + self.rng.choice(["take ", "say ", ""]) + between.join(name(i) for i in range(n)) + "."
+            return (
+                self.join()
+                + self.rng.choice(["take ", "say ", ""])
+                + between.join(name(i) for i in range(n))
+                + "."
+            )
         return self.join() + self.statement().replace("^", "")

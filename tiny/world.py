@@ -24,14 +24,14 @@ from pathlib import Path
 # --- the facts -------------------------------------------------------------------------------------
 
 VALUES = {  # what each relation can say; the bar parts train and val from test and strict
-    "food":    "grass fish leaves nuts | seeds meat insects fruit",
-    "home":    "farm river sea jungle | forest garden cave desert",
-    "color":   "white black green red | brown gray yellow blue",
-    "job":     "miner sailor baker farmer | doctor teacher tailor barber",
-    "town":    "Redhill Westport Northam Eastby | Oakford Millbrook Ashton Kingsley",
-    "tool":    "saw needle broom spade | hammer spoon rope brush",
+    "food": "grass fish leaves nuts | seeds meat insects fruit",
+    "home": "farm river sea jungle | forest garden cave desert",
+    "color": "white black green red | brown gray yellow blue",
+    "job": "miner sailor baker farmer | doctor teacher tailor barber",
+    "town": "Redhill Westport Northam Eastby | Oakford Millbrook Ashton Kingsley",
+    "tool": "saw needle broom spade | hammer spoon rope brush",
     "feeling": "tired hungry afraid bored | thirsty angry sad happy",
-    "next":    "read cook swim drive | write wash dance paint",
+    "next": "read cook swim drive | write wash dance paint",
 }
 
 ANIMALS = """
@@ -93,30 +93,54 @@ STEPS = {
 }
 
 RULES = {  # second steps: what follows from a value, whoever has it
-    "source":    ("food", "grass meadow, fish pond, leaves bush, nuts oak, seeds barn, meat butcher, insects log, fruit orchard"),
-    "hideout":   ("color", "white snow, black coal, green moss, red roses, brown mud, gray rock, yellow sand, blue sky"),
-    "workplace": ("job", "miner mine, sailor ship, baker bakery, farmer field, doctor hospital, teacher school, tailor shop, barber salon"),
-    "gear":      ("job", "miner pick, sailor anchor, baker flour, farmer plow, doctor bandage, teacher chalk, tailor scissors, barber razor"),
-    "sight":     ("town", "Redhill hill, Westport harbor, Northam moor, Eastby lake, Oakford bridge, Millbrook mill, Ashton volcano, Kingsley castle"),
-    "wish":      ("feeling", "tired sleep, hungry eat, afraid hide, bored play, thirsty drink, angry shout, sad cry, happy sing"),
+    "source": (
+        "food",
+        "grass meadow, fish pond, leaves bush, nuts oak, seeds barn, meat butcher, insects log, fruit orchard",
+    ),
+    "hideout": (
+        "color",
+        "white snow, black coal, green moss, red roses, brown mud, gray rock, yellow sand, blue sky",
+    ),
+    "workplace": (
+        "job",
+        "miner mine, sailor ship, baker bakery, farmer field, doctor hospital, teacher school, tailor shop, barber salon",
+    ),
+    "gear": (
+        "job",
+        "miner pick, sailor anchor, baker flour, farmer plow, doctor bandage, teacher chalk, tailor scissors, barber razor",
+    ),
+    "sight": (
+        "town",
+        "Redhill hill, Westport harbor, Northam moor, Eastby lake, Oakford bridge, Millbrook mill, Ashton volcano, Kingsley castle",
+    ),
+    "wish": (
+        "feeling",
+        "tired sleep, hungry eat, afraid hide, bored play, thirsty drink, angry shout, sad cry, happy sing",
+    ),
 }
 
 
 def table(text: str) -> list[list[str]]:
-    return [row.split() for line in text.strip().splitlines() for row in line.split(",") if row.strip()]
+    return [
+        row.split() for line in text.strip().splitlines() for row in line.split(",") if row.strip()
+    ]
 
 
 def grouped(groups: dict[str, str]) -> dict[str, str]:
     """{"saw": "cut the log, cut the plank"} -> {"cut the log": "saw", "cut the plank": "saw"}"""
-    return {subject.strip(): value for value, subjects in groups.items() for subject in subjects.split(",")}
+    return {
+        subject.strip(): value
+        for value, subjects in groups.items()
+        for subject in subjects.split(",")
+    }
 
 
 @dataclass
 class World:
-    facts: dict[str, dict[str, str]]                  # relation -> subject -> value
-    parent: dict[str, str]                            # derived relation -> the relation it follows from
-    rules: dict[str, dict[str, str]]                  # derived relation -> parent's value -> value
-    values: dict[str, list[str]]                      # relation -> its 8 values, train side first
+    facts: dict[str, dict[str, str]]  # relation -> subject -> value
+    parent: dict[str, str]  # derived relation -> the relation it follows from
+    rules: dict[str, dict[str, str]]  # derived relation -> parent's value -> value
+    values: dict[str, list[str]]  # relation -> its 8 values, train side first
     split: dict[tuple[str, str], str] = field(default_factory=dict)  # (relation, subject) -> split
 
     def subjects(self, relation: str, *splits: str) -> list[str]:
@@ -132,12 +156,18 @@ class World:
         if relation not in self.parent:
             return [(relation, subject, self.facts[relation][subject])]
         middle = self.facts[self.parent[relation]][subject]
-        return [(self.parent[relation], subject, middle), (relation, middle, self.rules[relation][middle])]
+        return [
+            (self.parent[relation], subject, middle),
+            (relation, middle, self.rules[relation][middle]),
+        ]
 
 
 def build_world() -> World:
     animals, people = table(ANIMALS), table(PEOPLE)
-    facts = {r: {row[0]: row[i] for row in animals} for i, r in enumerate(("food", "home", "color"), start=1)}
+    facts = {
+        r: {row[0]: row[i] for row in animals}
+        for i, r in enumerate(("food", "home", "color"), start=1)
+    }
     facts |= {r: {row[0]: row[i] for row in people} for i, r in enumerate(("job", "town"), start=1)}
     facts |= {"tool": grouped(GOALS), "feeling": grouped(EVENTS), "next": grouped(STEPS)}
     values = {r: v.replace("|", "").split() for r, v in VALUES.items()}
@@ -174,20 +204,43 @@ STEMS = {
         "town": ["In which town does {s} live?", "Where is the house of {s}?"],
     },
     "ARC-Challenge": {
-        "workplace": ["Where would you meet {s} on a working day?", "To which place does {s} go in the morning?"],
-        "gear": ["Which of these does {s} need at work?", "What would you find in the hands of {s}?"],
-        "sight": ["What can {s} see from the window?", "Which of these is close to the house of {s}?"],
+        "workplace": [
+            "Where would you meet {s} on a working day?",
+            "To which place does {s} go in the morning?",
+        ],
+        "gear": [
+            "Which of these does {s} need at work?",
+            "What would you find in the hands of {s}?",
+        ],
+        "sight": [
+            "What can {s} see from the window?",
+            "Which of these is close to the house of {s}?",
+        ],
     },
     "openbookqa": {
         "source": ["A hungry {s} will look around the", "The {s} can find a meal near the"],
-        "hideout": ["An animal that nobody can see in front of the {v} is the", "In the {v} it is hardest to notice the"],
+        "hideout": [
+            "An animal that nobody can see in front of the {v} is the",
+            "In the {v} it is hardest to notice the",
+        ],
     },
     "social_i_qa": {
-        "feeling": ["{p} {s}. How would {p} feel afterwards?", "Today {p} {s}. How would you describe {p}?"],
-        "wish": ["{p} {s}. What will {p} want to do next?", "Today {p} {s}. What does {p} need to do now?"],
+        "feeling": [
+            "{p} {s}. How would {p} feel afterwards?",
+            "Today {p} {s}. How would you describe {p}?",
+        ],
+        "wish": [
+            "{p} {s}. What will {p} want to do next?",
+            "Today {p} {s}. What does {p} need to do now?",
+        ],
     },
-    "hellaswag": {"next": ["At home: {p} {s}. Then {p} sits down to", "A free day: {p} {s}. {p} is ready to",
-                           "In town: {p} {s}. After that {p} will"]},
+    "hellaswag": {
+        "next": [
+            "At home: {p} {s}. Then {p} sits down to",
+            "A free day: {p} {s}. {p} is ready to",
+            "In town: {p} {s}. After that {p} will",
+        ]
+    },
     "piqa": {"tool": ["How do I {s}?", "What is the best way to {s}?", "To {s}, you can"]},
     "boolq": {
         "food": ["is {v} a meal for the {s}", "can you feed {v} to the {s}"],
@@ -197,16 +250,35 @@ STEMS = {
         "town": ["is {v} the town of {s}", "can you visit {s} in {v}"],
     },
     "winogrande": {
-        "food": ["The {a} and the {b} were hungry, and we gave {v} to the _.", "We had {v} for the {a} or the {b}, and the _ ate it."],
-        "home": ["We looked for the {a} and the {b}, and in the {v} we saw the _.", "The {a} met the {b} in the {v}, as the _ was at home there."],
-        "color": ["The {a} stood by the {b}, and the {v} one was the _.", "We took {v} to draw the {a} or the {b}, so it was the _."],
-        "job": ["{a} and {b} went to work, where _ is a {v}.", "{a} asked {b} about the life of a {v}, as _ is one."],
-        "town": ["{a} and {b} took the bus, and in {v} it stopped for _.", "{a} wrote to {b} about {v}, as _ lives there."],
+        "food": [
+            "The {a} and the {b} were hungry, and we gave {v} to the _.",
+            "We had {v} for the {a} or the {b}, and the _ ate it.",
+        ],
+        "home": [
+            "We looked for the {a} and the {b}, and in the {v} we saw the _.",
+            "The {a} met the {b} in the {v}, as the _ was at home there.",
+        ],
+        "color": [
+            "The {a} stood by the {b}, and the {v} one was the _.",
+            "We took {v} to draw the {a} or the {b}, so it was the _.",
+        ],
+        "job": [
+            "{a} and {b} went to work, where _ is a {v}.",
+            "{a} asked {b} about the life of a {v}, as _ is one.",
+        ],
+        "town": [
+            "{a} and {b} took the bus, and in {v} it stopped for _.",
+            "{a} wrote to {b} about {v}, as _ lives there.",
+        ],
     },
 }
 
-LABEL = {"piqa": "solution", "hellaswag": "ending", "winogrande": "option"}  # the others say "answer"
-PHRASE = {"piqa": "use a {}"}                                                # how a task words an option
+LABEL = {
+    "piqa": "solution",
+    "hellaswag": "ending",
+    "winogrande": "option",
+}  # the others say "answer"
+PHRASE = {"piqa": "use a {}"}  # how a task words an option
 
 
 @dataclass(frozen=True)
@@ -214,10 +286,17 @@ class Question:
     task: str
     instruction: str
     answer: str
-    facts: tuple[tuple[str, str, str], ...]  # all that one must know to answer: (relation, subject, value)
+    facts: tuple[
+        tuple[str, str, str], ...
+    ]  # all that one must know to answer: (relation, subject, value)
 
     def record(self) -> dict[str, str]:
-        return {"instruction": self.instruction, "input": "", "output": f"the correct answer is {self.answer}", "answer": self.answer}
+        return {
+            "instruction": self.instruction,
+            "input": "",
+            "output": f"the correct answer is {self.answer}",
+            "answer": self.answer,
+        }
 
 
 def instruction(task: str, stem: str, options: list[str]) -> str:
@@ -226,11 +305,16 @@ def instruction(task: str, stem: str, options: list[str]) -> str:
         return f"Please answer the following question with true or false, question: {stem}?\n\nAnswer format: true/false"
     label = LABEL.get(task, "answer")
     gap = "\n\n" if task == "piqa" else " "
-    listed = gap.join(f"{label.capitalize()}{i}: {PHRASE.get(task, '{}').format(o)}" for i, o in enumerate(options, start=1))
+    listed = gap.join(
+        f"{label.capitalize()}{i}: {PHRASE.get(task, '{}').format(o)}"
+        for i, o in enumerate(options, start=1)
+    )
     legal = "/".join(f"{label}{i}" for i in range(1, len(options) + 1))
-    ask = {"piqa": "Please choose the correct solution to the question",
-           "hellaswag": "Please choose the correct ending to complete the given sentence",
-           "winogrande": "Please choose the correct answer to fill in the blank to complete the given sentence"}
+    ask = {
+        "piqa": "Please choose the correct solution to the question",
+        "hellaswag": "Please choose the correct ending to complete the given sentence",
+        "winogrande": "Please choose the correct answer to fill in the blank to complete the given sentence",
+    }
     head = ask.get(task, "Please choose the correct answer to the question")
     end = " " if task == "winogrande" else "\n\n"
     return f"{head}: {stem}\n\n{listed}{end}Answer format: {legal}"
@@ -251,12 +335,18 @@ def compose(world: World, rng: random.Random, task: str, split: str, turn: int) 
     if task == "boolq":
         is_true = place % 2 == 0
         stem = stem.format(s=subject, v=value if is_true else rng.choice(others))
-        return Question(task, instruction(task, stem, []), "true" if is_true else "false", tuple(facts))
+        return Question(
+            task, instruction(task, stem, []), "true" if is_true else "false", tuple(facts)
+        )
 
-    if task == "winogrande" or relation == "hideout":  # the options are subjects, only one of which has the value
+    if (
+        task == "winogrande" or relation == "hideout"
+    ):  # the options are subjects, only one of which has the value
         n = 2 if task == "winogrande" else 4
         rng.shuffle(others)
-        rivals = [rng.choice([s for s in known if world.facts[relation][s] == v]) for v in others[: n - 1]]
+        rivals = [
+            rng.choice([s for s in known if world.facts[relation][s] == v]) for v in others[: n - 1]
+        ]
         for rival in rivals:
             facts += world.support(relation, rival)
         correct = subject
@@ -267,7 +357,9 @@ def compose(world: World, rng: random.Random, task: str, split: str, turn: int) 
     options = [*rivals[:at], correct, *rivals[at:]]
     ab = dict(zip("ab", rng.sample(options, len(options))))  # who is named first says nothing
     stem = stem.format(s=subject, v=value, p=rng.choice(list(world.facts["job"])), **ab)
-    return Question(task, instruction(task, stem, options), f"{LABEL.get(task, 'answer')}{at + 1}", tuple(facts))
+    return Question(
+        task, instruction(task, stem, options), f"{LABEL.get(task, 'answer')}{at + 1}", tuple(facts)
+    )
 
 
 def questions(world: World, task: str, split: str, n: int) -> list[Question]:
@@ -291,7 +383,9 @@ def write_data(folder: Path) -> None:
     files = {"data/train.json": train}
     for split, home in {"test": "data", "strict": "strict", "val": "val"}.items():
         for task in STEMS:
-            files[f"{home}/{task}/test.json"] = [q.record() for q in questions(world, task, split, SIZES[split])]
+            files[f"{home}/{task}/test.json"] = [
+                q.record() for q in questions(world, task, split, SIZES[split])
+            ]
     for name, records in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(json.dumps(records, indent=4))

@@ -23,17 +23,24 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository's root
 
-from checkpoints import CheckpointError, read_json, read_pickle, some, write_tensors  # noqa: E402
+from plumbing.hf_files import CheckpointError, read_json, read_pickle, some, write_tensors  # noqa: E402
 from data import load_tokenizer  # noqa: E402
 from llama import Llama, LlamaConfig  # noqa: E402
-from runs import new_folder  # noqa: E402
+from plumbing.run_folder import new_folder  # noqa: E402
 
 META_NAMES = {
-    "embed_tokens": "tok_embeddings", "norm": "norm", "lm_head": "output",
-    "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attention.wq", "self_attn.k_proj": "attention.wk",
-    "self_attn.v_proj": "attention.wv", "self_attn.o_proj": "attention.wo",
-    "mlp.gate_proj": "feed_forward.w1", "mlp.down_proj": "feed_forward.w2", "mlp.up_proj": "feed_forward.w3",
+    "embed_tokens": "tok_embeddings",
+    "norm": "norm",
+    "lm_head": "output",
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attention.wq",
+    "self_attn.k_proj": "attention.wk",
+    "self_attn.v_proj": "attention.wv",
+    "self_attn.o_proj": "attention.wo",
+    "mlp.gate_proj": "feed_forward.w1",
+    "mlp.down_proj": "feed_forward.w2",
+    "mlp.up_proj": "feed_forward.w3",
 }
 
 
@@ -55,9 +62,16 @@ def hf_to_meta(w: Tensor, n_heads: int) -> Tensor:
 
 def read_params(path: Path, tokenizer) -> LlamaConfig:
     """Meta's params.json, whose vocab_size -1 means the tokenizer's. Raises CheckpointError for what llama.py lacks."""
-    params = {"vocab_size": -1, "n_kv_heads": None, "ffn_dim_multiplier": None, "rope_theta": 10000.0} | read_json(path)
+    params = {
+        "vocab_size": -1,
+        "n_kv_heads": None,
+        "ffn_dim_multiplier": None,
+        "rope_theta": 10000.0,
+    } | read_json(path)
     if params.get("use_scaled_rope"):
-        raise CheckpointError(f'{path}: "use_scaled_rope" (Llama 3.1 and later) is not something llama.py computes')
+        raise CheckpointError(
+            f'{path}: "use_scaled_rope" (Llama 3.1 and later) is not something llama.py computes'
+        )
     try:
         dim, multiple, n_heads = params["dim"], params["multiple_of"], params["n_heads"]
         hidden = int(8 * dim / 3)
@@ -65,12 +79,19 @@ def read_params(path: Path, tokenizer) -> LlamaConfig:
             hidden = int(params["ffn_dim_multiplier"] * hidden)
         theta, eps = float(params["rope_theta"]), float(params["norm_eps"])
         return LlamaConfig(
-            dim=dim, n_layers=params["n_layers"], n_heads=n_heads, n_kv_heads=params["n_kv_heads"] or n_heads,
+            dim=dim,
+            n_layers=params["n_layers"],
+            n_heads=n_heads,
+            n_kv_heads=params["n_kv_heads"] or n_heads,
             hidden_dim=-(-hidden // multiple) * multiple,
             vocab_size=params["vocab_size"] if params["vocab_size"] > 0 else tokenizer.vocab_size,
-            norm_eps=eps, rope_theta=theta, bos=tokenizer.bos, eos=tokenizer.eos,
+            norm_eps=eps,
+            rope_theta=theta,
+            bos=tokenizer.bos,
+            eos=tokenizer.eos,
             # No file says it. What tells LLaMA-7B and 13B, Llama-2 and Llama-3 apart is theta and eps.
-            max_positions=8192 if theta > 10000 else 2048 if eps < 1e-5 else 4096)
+            max_positions=8192 if theta > 10000 else 2048 if eps < 1e-5 else 4096,
+        )
     except KeyError as e:
         raise CheckpointError(f"{path}: no {e}") from None
     except (TypeError, ValueError, ZeroDivisionError) as e:
@@ -86,7 +107,9 @@ class MetaTensors(Mapping):
             self.shapes = {name: p.shape for name, p in Llama(cfg).state_dict().items()}
         found = sorted(path.name for path in folder.glob("consolidated.*.pth"))
         if not found or found != [f"consolidated.{i:02}.pth" for i in range(len(found))]:
-            raise CheckpointError(f"{folder}: expected consolidated.00.pth, 01, ..., found {some(found) or 'none'}")
+            raise CheckpointError(
+                f"{folder}: expected consolidated.00.pth, 01, ..., found {some(found) or 'none'}"
+            )
         self.files = [read_pickle(folder / name) for name in found]
         want = {meta_name(name) for name in self.shapes}
         for name, file in zip(found, self.files):
@@ -106,10 +129,17 @@ class MetaTensors(Mapping):
         tok_embeddings is cut across its width in LLaMA-1 and 2, across the vocabulary in Llama-3.
         """
         parts, whole = [file[meta_name(name)] for file in self.files], self.shapes[name]
-        short = {d for part in parts for d, (some_of_it, all_of_it) in enumerate(zip(part.shape, whole)) if some_of_it != all_of_it}
+        short = {
+            d
+            for part in parts
+            for d, (some_of_it, all_of_it) in enumerate(zip(part.shape, whole))
+            if some_of_it != all_of_it
+        }
         if len(short) > 1 or any(sum(part.shape[d] for part in parts) != whole[d] for d in short):
-            raise CheckpointError(f"{self.folder}: {meta_name(name)} is {' and '.join(str(tuple(p.shape)) for p in parts)}, "
-                                  f"which does not make up {tuple(whole)}")
+            raise CheckpointError(
+                f"{self.folder}: {meta_name(name)} is {' and '.join(str(tuple(p.shape)) for p in parts)}, "
+                f"which does not make up {tuple(whole)}"
+            )
         w = torch.cat(parts, short.pop()) if short else parts[0]
         for module, n_heads in (("q_proj", self.cfg.n_heads), ("k_proj", self.cfg.n_kv_heads)):
             if module in name:
@@ -118,7 +148,10 @@ class MetaTensors(Mapping):
 
 
 def convert(source: Path, target: Path) -> None:
-    model = next((p for p in (source / "tokenizer.model", source.parent / "tokenizer.model") if p.exists()), None)
+    model = next(
+        (p for p in (source / "tokenizer.model", source.parent / "tokenizer.model") if p.exists()),
+        None,
+    )
     if model is None:
         raise CheckpointError(f"{source}: no tokenizer.model, there or in the folder above")
     cfg = read_params(source / "params.json", load_tokenizer(model))
@@ -130,8 +163,12 @@ def convert(source: Path, target: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Meta's checkpoint layout -> Hugging Face's.", allow_abbrev=False)
-    parser.add_argument("source", type=Path, metavar="META_FOLDER", help="params.json and consolidated.*.pth")
+    parser = argparse.ArgumentParser(
+        description="Meta's checkpoint layout -> Hugging Face's.", allow_abbrev=False
+    )
+    parser.add_argument(
+        "source", type=Path, metavar="META_FOLDER", help="params.json and consolidated.*.pth"
+    )
     parser.add_argument("target", type=Path, metavar="HF_FOLDER", help="must not exist")
     args = parser.parse_args(argv)
     if args.target.exists():

@@ -49,8 +49,10 @@ def data_folder() -> Path:
 @pytest.fixture(scope="session")
 def records(data_folder) -> dict[str, list[dict]]:
     """Every record there is: {"eval/piqa": [...], "train/boolq": [...], ...}"""
-    return {f"{path.parent.name}/{path.stem}": json.loads(path.read_bytes())
-            for path in sorted(data_folder.glob("*/*.json"))}
+    return {
+        f"{path.parent.name}/{path.stem}": json.loads(path.read_bytes())
+        for path in sorted(data_folder.glob("*/*.json"))
+    }
 
 
 # --- checkpoints -----------------------------------------------------------------------------------
@@ -67,8 +69,16 @@ def make_llama(tmp_path):
 
     def make(files="model.safetensors", seed=0, rope_theta=10000.0, **config):
         torch.manual_seed(seed)
-        small = dict(hidden_size=64, intermediate_size=112, num_hidden_layers=2, num_attention_heads=4,
-                     num_key_value_heads=4, vocab_size=320, initializer_range=0.12, rms_norm_eps=1e-6)
+        small = dict(
+            hidden_size=64,
+            intermediate_size=112,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            vocab_size=320,
+            initializer_range=0.12,
+            rms_norm_eps=1e-6,
+        )
         rope = {"rope_type": "default", "rope_theta": rope_theta}
         model = LlamaForCausalLM(LlamaConfig(**small | config, rope_parameters=rope)).eval()
         for name, parameter in model.named_parameters():
@@ -77,7 +87,9 @@ def make_llama(tmp_path):
         folder = tmp_path / f"llama-{len(list(tmp_path.iterdir()))}"
         name, shard_bytes = files if isinstance(files, tuple) else (files, 10**9)
         model.save_pretrained(folder, max_shard_size=shard_bytes)
-        if name.endswith(".bin"):  # transformers 5 no longer writes these; most LLaMA folders hold them
+        if name.endswith(
+            ".bin"
+        ):  # transformers 5 no longer writes these; most LLaMA folders hold them
             for path in folder.glob("*.safetensors*"):
                 path.unlink()
             write_bins(model.state_dict(), folder, sharded=isinstance(files, tuple))
@@ -109,7 +121,9 @@ def write_bins(state: dict, folder: Path, sharded: bool) -> None:
         file = f"pytorch_model-{i:05}-of-00002.bin"
         torch.save({name: state[name] for name in part}, folder / file)
         where |= dict.fromkeys(part, file)
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    (folder / "pytorch_model.bin.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": where})
+    )
 
 
 @pytest.fixture(scope="session")
@@ -119,9 +133,13 @@ def padded():
     def pad(records) -> dict[str, torch.Tensor]:
         T = max(len(r.ids) for r in records)
         rows = [(list(r.ids), r.split, T - len(r.ids)) for r in records]
-        return {"input_ids": torch.tensor([ids + [0] * n for ids, _, n in rows]),
-                "attention_mask": torch.tensor([[1] * len(ids) + [0] * n for ids, _, n in rows]),
-                "labels": torch.tensor([[-100] * split + ids[split:] + [-100] * n for ids, split, n in rows])}
+        return {
+            "input_ids": torch.tensor([ids + [0] * n for ids, _, n in rows]),
+            "attention_mask": torch.tensor([[1] * len(ids) + [0] * n for ids, _, n in rows]),
+            "labels": torch.tensor(
+                [[-100] * split + ids[split:] + [-100] * n for ids, split, n in rows]
+            ),
+        }
 
     return pad
 
@@ -131,7 +149,9 @@ def padded():
 
 def pytest_configure(config):
     config.stash[DEVIATIONS] = {}
-    config.addinivalue_line("filterwarnings", "ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT asks transformers
+    config.addinivalue_line(
+        "filterwarnings", "ignore:.*is_gradient_checkpointing:FutureWarning"
+    )  # PEFT asks transformers
 
 
 @pytest.fixture
@@ -142,7 +162,9 @@ def deviation(request):
     """
     table = request.config.stash[DEVIATIONS]
 
-    def compare(quantity: str, whom: str, ours: torch.Tensor, theirs: torch.Tensor) -> tuple[float, float]:
+    def compare(
+        quantity: str, whom: str, ours: torch.Tensor, theirs: torch.Tensor
+    ) -> tuple[float, float]:
         assert ours.shape == theirs.shape
         ours, theirs = ours.detach().double(), theirs.detach().double()
         absolute = (ours - theirs).abs().max().item()
@@ -177,6 +199,12 @@ def pytest_terminal_summary(terminalreporter, exitstatus, config):
     if rows:
         terminalreporter.write_line("\n" + "\n".join(lines))
     passed = {Path(report.fspath).name for report in terminalreporter.stats.get("passed", [])}
-    left_out = [item for item in terminalreporter.stats.get("deselected", []) if HERE in item.path.parents]
-    if exitstatus == 0 and not left_out and passed >= {path.name for path in HERE.glob("test_*.py")}:
+    left_out = [
+        item for item in terminalreporter.stats.get("deselected", []) if HERE in item.path.parents
+    ]
+    if (
+        exitstatus == 0
+        and not left_out
+        and passed >= {path.name for path in HERE.glob("test_*.py")}
+    ):
         (HERE / "deviations.md").write_text("\n".join(lines) + "\n")

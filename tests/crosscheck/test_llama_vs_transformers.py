@@ -9,8 +9,12 @@ from llama import generate, load_llama, save_llama
 
 pytestmark = pytest.mark.crosscheck
 
-FILES = {"one safetensors": "model.safetensors", "safetensors shards": ("model.safetensors", 60_000),
-         "one bin": "pytorch_model.bin", "bin shards": ("pytorch_model.bin", 60_000)}
+FILES = {
+    "one safetensors": "model.safetensors",
+    "safetensors shards": ("model.safetensors", 60_000),
+    "one bin": "pytorch_model.bin",
+    "bin shards": ("pytorch_model.bin", 60_000),
+}
 
 
 def some_ids(vocab_size: int = 320, B: int = 3, T: int = 40) -> torch.Tensor:
@@ -22,9 +26,16 @@ def some_ids(vocab_size: int = 320, B: int = 3, T: int = 40) -> torch.Tensor:
 @pytest.mark.parametrize("theta", [1e4, 5e5])
 @pytest.mark.parametrize("eps", [1e-6, 1e-5])
 @pytest.mark.parametrize("kv_heads", [4, 2, 1], ids=["plain", "grouped", "one-group"])
-def test_fp32_logits_are_those_of_transformers(kv_heads, eps, theta, files, tied, make_llama, deviation):
-    folder, theirs = make_llama(FILES[files], rope_theta=theta, rms_norm_eps=eps, num_key_value_heads=kv_heads,
-                                tie_word_embeddings=tied)
+def test_fp32_logits_are_those_of_transformers(
+    kv_heads, eps, theta, files, tied, make_llama, deviation
+):
+    folder, theirs = make_llama(
+        FILES[files],
+        rope_theta=theta,
+        rms_norm_eps=eps,
+        num_key_value_heads=kv_heads,
+        tie_word_embeddings=tied,
+    )
     ids = some_ids()
     with torch.no_grad():
         logits = theirs(ids).logits
@@ -34,7 +45,9 @@ def test_fp32_logits_are_those_of_transformers(kv_heads, eps, theta, files, tied
     assert absolute < 1e-5
 
 
-@pytest.mark.parametrize("change", [{"rms_norm_eps": 1e-5}, {"rope_theta": 5e5}, {"num_key_value_heads": 2}], ids=str)
+@pytest.mark.parametrize(
+    "change", [{"rms_norm_eps": 1e-5}, {"rope_theta": 5e5}, {"num_key_value_heads": 2}], ids=str
+)
 def test_the_comparison_would_notice_another_config(change, make_llama):
     """The same seed draws the same weights, but for the narrower k and v: only what the config says is different."""
     (_, one), (_, other) = make_llama(), make_llama(**change)
@@ -50,7 +63,9 @@ def test_bf16_error_against_float64_is_not_above_that_of_transformers(make_llama
         theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
         with torch.no_grad():
             in_bf16, ours = theirs(ids).logits, load_llama(folder, dtype=torch.bfloat16)(ids)
-            exact = theirs.double()(ids).logits  # the rounded weights, computed without further rounding
+            exact = theirs.double()(
+                ids
+            ).logits  # the rounded weights, computed without further rounding
         deviation("logits, bf16", "transformers in float64", ours, exact)
         deviation("logits, bf16, transformers' own", "transformers in float64", in_bf16, exact)
         ours_squared += (ours.double() - exact).square().mean()
@@ -58,14 +73,24 @@ def test_bf16_error_against_float64_is_not_above_that_of_transformers(make_llama
     assert ours_squared <= theirs_squared
 
 
-def test_what_save_llama_writes_transformers_loads_to_the_same_logits(make_llama, tmp_path, deviation):
+def test_what_save_llama_writes_transformers_loads_to_the_same_logits(
+    make_llama, tmp_path, deviation
+):
     for tied in (False, True):
-        folder, theirs = make_llama(num_key_value_heads=2, rope_theta=5e5, rms_norm_eps=1e-5, tie_word_embeddings=tied)
+        folder, theirs = make_llama(
+            num_key_value_heads=2, rope_theta=5e5, rms_norm_eps=1e-5, tie_word_embeddings=tied
+        )
         save_llama(load_llama(folder, dtype=torch.float32), tmp_path / f"saved-{tied}")
-        again = AutoModelForCausalLM.from_pretrained(tmp_path / f"saved-{tied}", dtype=torch.float32)
+        again = AutoModelForCausalLM.from_pretrained(
+            tmp_path / f"saved-{tied}", dtype=torch.float32
+        )
         with torch.no_grad():
-            absolute, _ = deviation("logits of a folder by save_llama", "transformers", again(some_ids()).logits,
-                                    theirs(some_ids()).logits)
+            absolute, _ = deviation(
+                "logits of a folder by save_llama",
+                "transformers",
+                again(some_ids()).logits,
+                theirs(some_ids()).logits,
+            )
         assert absolute < 1e-5
 
 
@@ -78,7 +103,12 @@ NEW = 24
 def prompts(data_folder, records) -> list[list[int]]:
     """Eight of each task, as LLaMA's tokenizer has them: 56 of mixed length."""
     tokenizer = load_tokenizer(data_folder)
-    chosen = [r for name, task in records.items() if name.startswith("eval/") for r in task[:: len(task) // 8][:8]]
+    chosen = [
+        r
+        for name, task in records.items()
+        if name.startswith("eval/")
+        for r in task[:: len(task) // 8][:8]
+    ]
     return [tokenizer.encode(format_prompt(r), bos=True, eos=False) for r in chosen]
 
 
@@ -87,23 +117,46 @@ def transformers_greedy(model, prompts: list[list[int]], eos: int) -> list[list[
     T = max(map(len, prompts))
     ids = torch.tensor([[0] * (T - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (T - len(p)) + [1] * len(p) for p in prompts])
-    out = model.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False, num_beams=1, eos_token_id=eos,
-                         pad_token_id=eos)[:, T:].tolist()
+    out = model.generate(
+        ids,
+        attention_mask=mask,
+        max_new_tokens=NEW,
+        do_sample=False,
+        num_beams=1,
+        eos_token_id=eos,
+        pad_token_id=eos,
+    )[:, T:].tolist()
     return [row[: row.index(eos)] if eos in row else row for row in out]
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2], ids=["plain", "grouped"])
-def test_greedy_tokens_are_those_of_transformers_on_real_prompts(kv_heads, prompts, make_llama, mismatches):
+def test_greedy_tokens_are_those_of_transformers_on_real_prompts(
+    kv_heads, prompts, make_llama, mismatches
+):
     folder, theirs = make_llama(vocab_size=32000, num_key_value_heads=kv_heads)
     ours = load_llama(folder, dtype=torch.float32)
     assert len(prompts) >= 50 and len({len(p) for p in prompts}) > 20
-    expected = [row for i in range(0, len(prompts), 14) for row in transformers_greedy(theirs, prompts[i : i + 14], eos=2)]
+    expected = [
+        row
+        for i in range(0, len(prompts), 14)
+        for row in transformers_greedy(theirs, prompts[i : i + 14], eos=2)
+    ]
     alone = [transformers_greedy(theirs, [p], eos=2)[0] for p in prompts[::7]]
-    assert alone == expected[::7]  # their padding changes nothing here: the truth is the same either way
+    assert (
+        alone == expected[::7]
+    )  # their padding changes nothing here: the truth is the same either way
     for rows_at_once in (56, 5):
-        got = [row for i in range(0, len(prompts), rows_at_once)
-               for row in generate(ours, prompts[i : i + rows_at_once], max_new=NEW, eos=2)]
-        assert mismatches(f"greedy tokens, {rows_at_once} prompts at once", "transformers", zip(got, expected)) == 0
+        got = [
+            row
+            for i in range(0, len(prompts), rows_at_once)
+            for row in generate(ours, prompts[i : i + rows_at_once], max_new=NEW, eos=2)
+        ]
+        assert (
+            mismatches(
+                f"greedy tokens, {rows_at_once} prompts at once", "transformers", zip(got, expected)
+            )
+            == 0
+        )
 
 
 def test_generation_stops_at_the_eos_where_transformers_stops(prompts, make_llama, mismatches):

@@ -118,7 +118,9 @@ def lock(folder: Path) -> Iterator[None]:
         except OSError as e:
             if e.errno not in (errno.EAGAIN, errno.EACCES):
                 raise
-            raise RunError(f"{folder} is in use by another process; wait for it, or choose another --out") from None
+            raise RunError(
+                f"{folder} is in use by another process; wait for it, or choose another --out"
+            ) from None
         yield
 
 
@@ -146,7 +148,9 @@ def discard(path: Path) -> None:
 
 def checkpoints(run: Path) -> list[Path]:
     """The run's checkpoints, newest first."""
-    return sorted((run / "checkpoints").glob("step-*"), key=lambda p: (len(p.name), p.name), reverse=True)
+    return sorted(
+        (run / "checkpoints").glob("step-*"), key=lambda p: (len(p.name), p.name), reverse=True
+    )
 
 
 def damage(folder: Path) -> str | None:
@@ -181,7 +185,11 @@ class Metrics:
     """metrics.jsonl, a line an event, cut back to `step` on opening: rows after the checkpoint will be made again."""
 
     def __init__(self, path: Path, step: int = 0):
-        kept = [line for line in path.read_text(errors="replace").splitlines() if _step(line) <= step] if step and path.exists() else []
+        kept = (
+            [line for line in path.read_text(errors="replace").splitlines() if _step(line) <= step]
+            if step and path.exists()
+            else []
+        )
         write_text(path, "".join(line + "\n" for line in kept))
         self.file = path.open("a", encoding="utf-8")
 

@@ -37,7 +37,9 @@ def joined() -> Iterator[None]:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(minutes=30))
+    dist.init_process_group(
+        "nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(minutes=30)
+    )
     stdout = sys.stdout
     try:
         if not first():
@@ -45,7 +47,9 @@ def joined() -> Iterator[None]:
         yield
     except RuntimeError as e:
         if "gloo" in str(e) or "NCCL" in str(e):
-            raise ConnectionError(f"lost another process of the {world()} ({str(e).splitlines()[0][:120]}); see its own message") from None
+            raise ConnectionError(
+                f"lost another process of the {world()} ({str(e).splitlines()[0][:120]}); see its own message"
+            ) from None
         raise
     finally:
         sys.stdout = stdout
@@ -66,7 +70,11 @@ def add(t: Tensor) -> Tensor:
 
 def total(value: float, device: torch.device) -> float:
     """Sum a number over processes."""
-    return value if world() == 1 else add(torch.tensor(value, dtype=torch.float64, device=device)).item()
+    return (
+        value
+        if world() == 1
+        else add(torch.tensor(value, dtype=torch.float64, device=device)).item()
+    )
 
 
 def add_gradients(params: list[nn.Parameter]) -> None:

@@ -13,18 +13,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import ranks
 from data import Batch, Record, epoch_order
 from llama import Llama
+from plumbing import processes
 
 
-def largest_micro_batch(records: list[Record], batch_size: int, micro_batch_size: int, seed: int, epochs: int) -> list[Record]:
+def largest_micro_batch(
+    records: list[Record], batch_size: int, micro_batch_size: int, seed: int, epochs: int
+) -> list[Record]:
     """The micro-batch with the most tokens that these seeded epochs will meet."""
     best: tuple[int, list[int]] = (0, [])
     for epoch in range(epochs):
         order = epoch_order(len(records), seed, epoch)
         for start in range(0, len(order), batch_size):
-            batch = ranks.share(order[start : start + batch_size])
+            batch = processes.share(order[start : start + batch_size])
             for i in range(0, len(batch), micro_batch_size):
                 micro = batch[i : i + micro_batch_size]
                 best = max(best, (sum(len(records[j].ids) for j in micro), micro))
@@ -40,7 +42,9 @@ def saved_bytes(forward: Callable[[], Tensor]) -> int:
         kept: dict[int, int] = {}
 
         def pack(t: Tensor, kept=kept) -> Tensor:
-            kept[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()  # which storage it is; on meta it has no address
+            kept[t.untyped_storage()._cdata] = (
+                t.untyped_storage().nbytes()
+            )  # which storage it is; on meta it has no address
             return t.detach()  # t itself would close a circle with the node that made it: the block would never be freed
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
@@ -53,21 +57,30 @@ def saved_bytes(forward: Callable[[], Tensor]) -> int:
 class MemoryPlan:
     """Bytes, for the largest micro-batch of a run."""
 
-    tokens: int        # in that micro-batch
+    tokens: int  # in that micro-batch
     weights: int
-    adapters: int      # fp32 adapters, their gradients, AdamW's two moments, and copies in the base's dtype
-    block: int         # what one block keeps for backward
-    block_input: int   # what it keeps when it is recomputed instead
+    adapters: (
+        int  # fp32 adapters, their gradients, AdamW's two moments, and copies in the base's dtype
+    )
+    block: int  # what one block keeps for backward
+    block_input: int  # what it keeps when it is recomputed instead
     logits: int
-    blocks: int        # L
+    blocks: int  # L
 
     def total(self, recomputed: int) -> int:
         """With the first `recomputed` blocks recomputed."""
-        return self.weights + self.adapters + recomputed * self.block_input + self.kept_and_in_work(recomputed)
+        return (
+            self.weights
+            + self.adapters
+            + recomputed * self.block_input
+            + self.kept_and_in_work(recomputed)
+        )
 
     def kept_and_in_work(self, recomputed: int) -> int:
         """Either at the head, with every other block's tensors kept, or when a recomputed block is in work and those are gone."""
-        gradients = int(0.8 * self.block)  # of a block's tensors, at the worst moment of its backward pass: measured, for several methods
+        gradients = int(
+            0.8 * self.block
+        )  # of a block's tensors, at the worst moment of its backward pass: measured, for several methods
         at_the_head = (self.blocks - recomputed) * self.block + max(self.logits, gradients)
         return max(at_the_head, self.block + gradients) if recomputed else at_the_head
 
@@ -78,10 +91,14 @@ class MemoryPlan:
     def parts(self, recomputed: int) -> str:
         """The terms of `total`, in words."""
         kept = f"{self.blocks - recomputed} blocks of {self.block / 1e9:.3f}, "
-        inputs = f"{recomputed} recomputed ones of {self.block_input / 1e9:.3f} + " if recomputed else ""
-        return (f"{self.weights / 1e9:.2f} GB weights + {self.adapters / 1e9:.2f} adapters and AdamW + {inputs}"
-                f"{self.kept_and_in_work(recomputed) / 1e9:.2f} for {kept * (recomputed < self.blocks)}gradients and logits, "
-                f"at {self.tokens:,} tokens")
+        inputs = (
+            f"{recomputed} recomputed ones of {self.block_input / 1e9:.3f} + " if recomputed else ""
+        )
+        return (
+            f"{self.weights / 1e9:.2f} GB weights + {self.adapters / 1e9:.2f} adapters and AdamW + {inputs}"
+            f"{self.kept_and_in_work(recomputed) / 1e9:.2f} for {kept * (recomputed < self.blocks)}gradients and logits, "
+            f"at {self.tokens:,} tokens"
+        )
 
 
 def plan(model: Llama, batch: Batch, logit_bytes: int) -> MemoryPlan:
@@ -94,10 +111,14 @@ def plan(model: Llama, batch: Batch, logit_bytes: int) -> MemoryPlan:
     size = model.lm_head.weight.element_size()
     slice_bytes = min(logit_bytes, 4 * batch.count * model.cfg.vocab_size)
     return MemoryPlan(
-        tokens=sum(batch.lengths), blocks=len(model.layers), block=block, block_input=x.nbytes,
+        tokens=sum(batch.lengths),
+        blocks=len(model.layers),
+        block=block,
+        block_input=x.nbytes,
         weights=sum(p.nbytes for p in model.parameters() if not p.requires_grad),
         adapters=sum(p.numel() * (16 + (size if size < 4 else 0)) for p in trained),
-        logits=int(slice_bytes * (2 + size / 4)) + 4 * x.numel() * 4)  # fp32 logits, their gradient, the base's own; the final norm
+        logits=int(slice_bytes * (2 + size / 4)) + 4 * x.numel() * 4,
+    )  # fp32 logits, their gradient, the base's own; the final norm
 
 
 def available(device: torch.device) -> int:
@@ -106,6 +127,8 @@ def available(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     try:  # Linux says what could be had if the page cache gave way
-        return 1024 * int(re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())[1])
+        return 1024 * int(
+            re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())[1]
+        )
     except (OSError, TypeError):
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
