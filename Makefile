@@ -8,14 +8,14 @@ demo: .venv/run-time  ## what the embedded model answers before, and after train
 	.venv/bin/python eval.py runs/tiny-rora-r32-s0
 	.venv/bin/python eval.py --table runs/tiny-base runs/tiny-rora-r32-s0
 
-test: .venv/test  ## the default test suite
+test: .venv/test  ## the lessons, then the guarantees
 	.venv/bin/python -m pytest
 
 crosscheck: .venv-crosscheck/ready  ## against transformers, PEFT and tiktoken
 	.venv-crosscheck/bin/python -m pytest -m crosscheck tests/crosscheck
 
 faults: .venv/test  ## kill it, fill its disk, feed it nonsense; count what survives
-	.venv/bin/python tests/faults.py
+	.venv/bin/python tests/guarantees/faults.py
 
 bench: .venv-crosscheck/ready  ## side by side with transformers + PEFT, on a CPU
 	.venv-crosscheck/bin/python bench/cpu.py

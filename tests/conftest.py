@@ -6,16 +6,15 @@ Big enough to have heads, groups and layers, small enough for a laptop.
 import dataclasses
 import json
 import os
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from llama import Llama, LlamaConfig, save_llama
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # tensors this small are slower when two cores share them
-from llama import Llama, LlamaConfig, save_llama  # noqa: E402
 
 SMALL = LlamaConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=48, vocab_size=64)
 

@@ -1,4 +1,4 @@
-"""python tests/faults.py [instants] [kills] [fuzz]: break everything that can break, on purpose, and count what survived.
+"""python tests/guarantees/faults.py [instants] [kills] [fuzz]: break everything that can break, on purpose, and count what survived.
 
 instants   one run, cut short by SIGKILL at every change it makes to the file system, then by a full disk at every one; resumed, compared
 kills      a real `python rora.py`, killed at random times and resumed until it is done; compared with one that was left alone

@@ -13,14 +13,14 @@ from typing import NamedTuple
 import sentencepiece
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from plumbing import hf_files as checkpoints, jobs, peft_files  # noqa: E402
-import eval as judge  # noqa: E402
-import rora  # noqa: E402
-from plumbing import run_folder as runs  # noqa: E402
-from data import format_prompt  # noqa: E402
-from llama import Llama, LlamaConfig, save_llama  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # for faults.py, which runs without pytest
+import eval as judge
+import rora
+from data import format_prompt
+from llama import Llama, LlamaConfig, save_llama
+from plumbing import hf_files as checkpoints, jobs, peft_files
+from plumbing import run_folder as runs
 
 torch.set_num_threads(1)  # tensors this small are slower on two busy cores than on one
 

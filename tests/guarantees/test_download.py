@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from hub_server import SHA, Hub, git_blob
 
-SCRIPT = Path(__file__).resolve().parents[1] / "weights_download.sh"
+SCRIPT = Path(__file__).resolve().parents[2] / "weights_download.sh"
 TOKEN = "hf_thisMustNeverBeSeen"
 BIG = os.urandom(1 << 16)  # curl writes through a 4 KB buffer: what is killed midway must be larger
 SMALL = b'{"hidden_size": 64}\n'
