@@ -11,6 +11,11 @@ demo: .venv/run-time  ## what the embedded model answers before, and after train
 test: .venv/test  ## the lessons, then the guarantees
 	.venv/bin/python -m pytest
 
+lint: .venv/test  ## style, then types
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy
+
 crosscheck: .venv-crosscheck/ready  ## against transformers, PEFT and tiktoken
 	.venv-crosscheck/bin/python -m pytest -m crosscheck tests/crosscheck
 
@@ -26,7 +31,7 @@ bench: .venv-crosscheck/ready  ## side by side with transformers + PEFT, on a CP
 	touch $@
 
 .venv/test: .venv/run-time
-	.venv/bin/pip install -q pytest==9.2.0
+	.venv/bin/pip install -q pytest==9.2.0 ruff==0.17.6 mypy==2.4.1
 	touch $@
 
 .venv-crosscheck/ready: tests/crosscheck/requirements.txt
@@ -37,4 +42,4 @@ bench: .venv-crosscheck/ready  ## side by side with transformers + PEFT, on a CP
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/'
 
-.PHONY: demo test crosscheck faults bench help
+.PHONY: demo test lint crosscheck faults bench help

@@ -112,15 +112,16 @@ class Llama3Tokenizer:
         self.ranks: dict[bytes, int] = {}
         for rank, line in enumerate(model.splitlines()):
             try:
-                token, written = line.split()
-                token, written = base64.b64decode(token, validate=True), int(written)
+                word, number = line.split()
+                token, written = base64.b64decode(word, validate=True), int(number)
             except ValueError:  # too few or too many words, not base64, not a number
                 raise ValueError(
                     f"line {rank + 1}: expected `base64-token rank`, found {line[:40]!r}"
                 ) from None
             if written != rank or not token or token in self.ranks:
                 raise ValueError(
-                    f"line {rank + 1}: expected a new token of rank {rank}, found {token!r}, rank {written}"
+                    f"line {rank + 1}: expected a new token of rank {rank}, "
+                    f"found {token!r}, rank {written}"
                 )
             self.ranks[token] = rank
         if missing := [byte for byte in range(256) if bytes([byte]) not in self.ranks]:
@@ -396,8 +397,8 @@ class Batch(NamedTuple):
     lengths: list[int]
 
     @property
-    def count(self) -> int:
-        """Targets that the loss counts."""
+    def learned(self) -> int:
+        """How many targets the loss counts."""
         return int((self.targets != IGNORE).sum())
 
 

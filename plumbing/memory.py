@@ -109,7 +109,7 @@ def plan(model: Llama, batch: Batch, logit_bytes: int) -> MemoryPlan:
     block = saved_bytes(lambda: model.layers[0](x.clone(), rows))
     trained = [p for p in model.parameters() if p.requires_grad]
     size = model.lm_head.weight.element_size()
-    slice_bytes = min(logit_bytes, 4 * batch.count * model.cfg.vocab_size)
+    slice_bytes = min(logit_bytes, 4 * batch.learned * model.cfg.vocab_size)
     return MemoryPlan(
         tokens=sum(batch.lengths),
         blocks=len(model.layers),

@@ -91,7 +91,7 @@ def test_loss_all_learns_prompt_and_answer_and_loss_answer_the_answer_alone(toke
     assert whole.ids == answer.ids and IGNORE not in collate([whole]).targets
     learned = [t for t in collate([answer]).targets.tolist() if t != IGNORE]
     assert tokenizer.decode(learned).strip() == EXAMPLE["output"] and learned[-1] == tokenizer.eos
-    assert collate([answer]).count == len(learned)
+    assert collate([answer]).learned == len(learned)
 
 
 def test_rows_of_a_batch_lie_end_to_end_and_the_last_token_of_a_row_predicts_nothing_of_the_next(

@@ -111,7 +111,7 @@ def test_one_step_is_adamw_on_the_clipped_gradient_of_the_mean_loss(tiny):
     before = {n: p.detach().clone() for n, p in params.items()}
     batch = collate(RECORDS)
     gradient = dict(
-        zip(params, torch.autograd.grad(loss_sum(tiny, batch) / batch.count, params.values()))
+        zip(params, torch.autograd.grad(loss_sum(tiny, batch) / batch.learned, params.values()))
     )
     norm = math.sqrt(sum(g.square().sum().item() for g in gradient.values()))
     loss, reported = train_step(

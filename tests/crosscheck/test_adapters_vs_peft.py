@@ -70,7 +70,7 @@ def some_records() -> list[Record]:
 
 def our_loss(model, records: list[Record]) -> torch.Tensor:
     batch = collate(records)
-    return loss_sum(model, batch) / batch.count
+    return loss_sum(model, batch) / batch.learned
 
 
 # --- loss and gradients from one adapter file ------------------------------------------------------
