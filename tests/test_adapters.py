@@ -30,7 +30,7 @@ IDS = torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(1))
 FAMILY = ["lora", "rora", "dora"]
 
 
-# --- every method ----------------------------------------------------------------------------------
+# --- every method ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", FAMILY)
@@ -251,7 +251,7 @@ def test_and_on_13b_and_llama_3_8b(method, size, share_13b, share_8b):
             assert f"trainable ({share:.2f}%)" in jobs.start_line(model, method)
 
 
-# --- LoRA, RoRA, DoRA ------------------------------------------------------------------------------
+# --- LoRA, RoRA, DoRA -----------------------------------------------------------------------------
 
 
 def layer_of(Layer, rank=4, alpha=8, dropout=0.0, out=16, dtype=torch.float32):
@@ -403,7 +403,7 @@ def test_merging_rounds_once(tiny):
     assert torch.equal(model.layers[0].mlp.up_proj.weight, exact.float().bfloat16())
 
 
-# --- files -----------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 def saved(tiny, folder, method="rora", **config):

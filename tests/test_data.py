@@ -37,7 +37,7 @@ def tokenizer(tmp_path_factory):
     return words(tmp_path_factory.mktemp("tokenizer"))
 
 
-# --- prompt ----------------------------------------------------------------------------------------
+# --- prompt ---------------------------------------------------------------------------------------
 
 
 def test_training_and_evaluation_see_the_same_prompt():
@@ -76,7 +76,7 @@ def test_a_split_inside_a_token_is_an_error_and_not_a_guess(tokenizer):
         encode_record(EXAMPLE, Merging, 256, number=5)
 
 
-# --- what is learned -------------------------------------------------------------------------------
+# --- what is learned ------------------------------------------------------------------------------
 
 
 def test_each_target_is_the_next_token_shifted_once(tokenizer):
@@ -134,7 +134,7 @@ def test_begin_and_end_markers_written_in_a_text_are_text(tokenizer):
     assert tokenizer.bos not in ids and tokenizer.eos not in ids
 
 
-# --- order -----------------------------------------------------------------------------------------
+# --- order ----------------------------------------------------------------------------------------
 
 
 def test_an_epochs_order_is_a_function_of_seed_and_epoch():
@@ -151,7 +151,7 @@ def test_the_validation_split_is_the_same_for_every_seed_and_loses_no_record():
         split_validation(list(range(50)), 50)
 
 
-# --- answers ---------------------------------------------------------------------------------------
+# --- answers --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_an_answer_can_be_legal_and_not_offered():
     )
 
 
-# --- reading ---------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -240,7 +240,7 @@ def test_a_file_that_is_no_tokenizer_is_said_to_be_none(tmp_path):
         load_tokenizer(tmp_path)
 
 
-# --- the real thing --------------------------------------------------------------------------------
+# --- the real thing -------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ import tables
 
 from plumbing.flags import FlagError
 
-# --- the paper's tables ----------------------------------------------------------------------------
+# --- the paper's tables ---------------------------------------------------------------------------
 
 
 def test_three_of_the_papers_averages_are_misprints_and_two_are_ties():
@@ -95,7 +95,7 @@ def test_a_scored_run_of_a_paper_model_takes_its_place_under_the_papers_row(tmp_
     assert "| LLaMA-7B | LoRA | – | ours |" + 11 * " – |" in out and "is not a scored run" in err
 
 
-# --- the sweep's bookkeeping -----------------------------------------------------------------------
+# --- the sweep's bookkeeping ----------------------------------------------------------------------
 
 
 def asked(mode: str, ckpt: Path, **given) -> argparse.Namespace:
@@ -395,7 +395,7 @@ def test_loss_curves_are_thinned_by_averaging():
     assert (every, len(curve), curve[:2], curve[-1]) == (3, 101, [1.0, 4.0], 300.0)
 
 
-# --- pictures and findings -------------------------------------------------------------------------
+# --- pictures and findings ------------------------------------------------------------------------
 
 
 def test_without_matplotlib_one_line_says_how_to_get_it(monkeypatch, capsys):

@@ -30,7 +30,7 @@ def texts(n: int) -> list[Record]:
     ]
 
 
-# --- the derivation --------------------------------------------------------------------------------
+# --- the derivation -------------------------------------------------------------------------------
 
 
 def test_equations_2_to_4_are_what_a_real_step_does():
@@ -95,7 +95,7 @@ def test_the_page_says_what_the_results_say():
     )
 
 
-# --- pruning ---------------------------------------------------------------------------------------
+# --- pruning --------------------------------------------------------------------------------------
 
 
 def test_what_does_nothing_is_what_goes_and_then_nothing_changes():
@@ -186,7 +186,7 @@ def test_what_is_left_of_tiny_is_trained_on_tinys_corpus(tmp_path, capsys):
     assert "healing 2/2" in capsys.readouterr().out
 
 
-# --- real text -------------------------------------------------------------------------------------
+# --- real text ------------------------------------------------------------------------------------
 
 
 def test_the_plain_text_of_a_record_has_no_prompt_no_labels_and_no_answer():

@@ -230,7 +230,7 @@ def test_padding_and_back_is_the_identity():
     assert rows.pad(x).shape == (3, 2, 3, 4) and torch.equal(rows.unpad(rows.pad(x)), x)
 
 
-# --- config.json -----------------------------------------------------------------------------------
+# --- config.json ----------------------------------------------------------------------------------
 
 OLD = {
     "hidden_size": 64,

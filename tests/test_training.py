@@ -149,7 +149,7 @@ def test_validation_draws_no_random_numbers_drops_nothing_out_and_leaves_the_mod
     )
 
 
-# --- a whole run -----------------------------------------------------------------------------------
+# --- a whole run ----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

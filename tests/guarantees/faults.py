@@ -1,11 +1,16 @@
-"""python tests/guarantees/faults.py [instants] [kills] [fuzz]: break everything that can break, on purpose, and count what survived.
+"""Break everything that can break, on purpose, and count what survived.
 
-instants   one run, cut short by SIGKILL at every change it makes to the file system, then by a full disk at every one; resumed, compared
-kills      a real `python rora.py`, killed at random times and resumed until it is done; compared with one that was left alone
-fuzz       mutated configs, weights, indexes, pickles, tokenizers, records, adapters, run folders and flags, through main(argv):
-           each must end with a known exit code, at most one line of complaint, and, when refused, nothing written
+    python tests/guarantees/faults.py [instants] [kills] [fuzz]
 
-Prints a Markdown table; exits with 1 if any fault did not survive. Seeded: the same inputs at every run.
+instants   one run, cut short by SIGKILL at every change it makes to the file system, then by a
+           full disk at every one; resumed, and compared with a run that was left alone
+kills      a real `python rora.py`, killed at random times and resumed until it is done; compared
+fuzz       mutated configs, weights, indexes, pickles, tokenizers, records, adapters, run folders
+           and flags, through main(argv): each must end with a known exit code, at most one line of
+           complaint, and, when refused, nothing written
+
+Prints a Markdown table; exits with 1 if a run did not survive a fault. Seeded: the same inputs at
+every run.
 """
 
 import errno
@@ -49,7 +54,7 @@ from plumbing import hf_files as checkpoints
 SHORT = {"max_steps": 3, "epochs": None, "save_every": 1, "eval_every": 2}
 
 
-# --- every instant of a run ------------------------------------------------------------------------
+# --- every instant of a run -----------------------------------------------------------------------
 
 
 def every_instant(folder: Path):
@@ -107,11 +112,14 @@ def every_instant(folder: Path):
         shutil.rmtree(case)
 
 
-# --- a real process --------------------------------------------------------------------------------
+# --- a real process -------------------------------------------------------------------------------
 
 
 def real_kills(folder: Path, kills: int = 21, seed: int = 1):
-    """Yields (fault, what went wrong or None): `kills` real processes, killed wherever they are, then one that may finish."""
+    """`kills` real processes, killed wherever they are, then one that may finish.
+
+    Yields (fault, what went wrong or None).
+    """
     rng = random.Random(seed)
     world = make_world(folder / "world", 26)
     settings = {"max_steps": 400, "epochs": None, "save_every": 2, "eval_every": 7}
@@ -215,7 +223,7 @@ def real_kills(folder: Path, kills: int = 21, seed: int = 1):
     )
 
 
-# --- mutated input ---------------------------------------------------------------------------------
+# --- mutated input --------------------------------------------------------------------------------
 
 ODD = [
     None,
@@ -259,7 +267,10 @@ ODD = [
 
 
 def odd_bytes(rng: random.Random, content: bytes, focus: int = 4000) -> bytes:
-    """A file as a bad disk, an editor or an aborted download leaves it. focus: the first bytes, where the headers are."""
+    """A file as a bad disk, an editor or an aborted download leaves it.
+
+    focus: how many of the first bytes, where the headers are, may be changed.
+    """
     where = lambda: rng.randrange(max(1, min(len(content), focus)))
     kind = rng.randrange(9)
     if kind == 0:
@@ -364,7 +375,7 @@ def odd_pickle(rng: random.Random, content: bytes) -> bytes:
 
 
 def odd_flags(rng: random.Random) -> list[str]:
-    """One or two flags with values that are wrong, or unusual and right. None that makes a legal run of days."""
+    """One or two flags with values that are wrong, or unusual and right; no run of days."""
     names = [
         "--ckpt",
         "--data",

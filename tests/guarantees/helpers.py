@@ -1,4 +1,7 @@
-"""A whole small world on disk: a checkpoint folder in Hugging Face's format, a tokenizer, records, test sets, and main()."""
+"""A small world on disk: a checkpoint in Hugging Face's format, a tokenizer, records, test sets.
+
+And main(), called in this process, killed in another, or cut short at any instant.
+"""
 
 import contextlib
 import io
@@ -89,7 +92,8 @@ def make_world(folder: Path, n: int = 26) -> World:
 
 
 def flags(world: World, out: Path | str, **changed) -> list[str]:
-    """A command line for rora.main: 12 steps in 2 epochs with dropout, micro-batches, validation and three saves."""
+    """A command line for rora.main: 12 steps in 2 epochs, with dropout, micro-batches, validation
+    and three saves. `changed`: other values, None to leave a flag out."""
     settings = {
         "ckpt": world.base,
         "data": world.data,
@@ -171,7 +175,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def rows(run_folder: Path) -> list[dict]:
-    """metrics.jsonl without what differs from one run of a program to the next: wall-clock time and memory."""
+    """metrics.jsonl without what differs from run to run: wall-clock time and memory."""
     lines = (run_folder / "metrics.jsonl").read_text().splitlines()
     return [
         {k: v for k, v in json.loads(line).items() if k not in ("tok_per_s", "mem_gb", "seconds")}
@@ -180,7 +184,8 @@ def rows(run_folder: Path) -> list[dict]:
 
 
 def outcome(run_folder: Path) -> dict:
-    """All that two equal runs share, byte for byte: adapters, optimizer, random numbers, position, metrics, facts."""
+    """All that two equal runs share, byte for byte: adapters, optimizer, random numbers, position,
+    metrics, facts."""
     last = runs.checkpoints(run_folder)[0]
     record, state = (
         json.loads(path.read_text()) for path in (run_folder / "run.json", last / "state.json")
@@ -199,7 +204,7 @@ def outcome(run_folder: Path) -> dict:
     }
 
 
-# --- faults ----------------------------------------------------------------------------------------
+# --- faults ---------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -227,8 +232,9 @@ def interrupt(step: int, *argv, with_signal: int = signal.SIGINT) -> Result:
 
 @contextlib.contextmanager
 def watched_disk(on):
-    """Call on(operation, path) at every instant at which a run can be cut short: before each change of the file system, and
-    when a write is half done ("torn"). `on` may raise, or kill the process."""
+    """Call on(operation, path) at every instant at which a run can be cut short: before each change
+    of the file system, and when a write is half done ("torn"). `on` may raise, or kill the process.
+    """
 
     def before(owner, name, path_of, writes=False):
         original = getattr(owner, name)
@@ -271,7 +277,10 @@ def instants(*argv) -> list[tuple[str, str]]:
 
 
 def in_child(work) -> int:
-    """Run work() in a forked process that may die of it; returns its exit code, or minus the signal that ended it."""
+    """Run work() in a forked process that may die of it.
+
+    Returns its exit code, or minus the signal that ended it.
+    """
     sys.stdout.flush()
     pid = os.fork()
     if pid == 0:
@@ -298,7 +307,8 @@ def killed(n: int, *argv) -> int:
 
 
 def go_on(folder: Path, *argv) -> Result:
-    """What a user does after a crash: --resume, or, where there is no checkpoint yet, the same command with --overwrite."""
+    """What a user does after a crash: --resume; where there is no checkpoint yet, the same command
+    with --overwrite."""
     result = run("--resume", folder)
     if result.code == 2 and not runs.checkpoints(folder):
         result = run(*argv, "--overwrite")

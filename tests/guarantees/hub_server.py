@@ -1,4 +1,5 @@
-"""A model hub for the tests of weights_download.sh: the API, /resolve/, a redirect to a CDN, and ways of going wrong.
+"""A model hub for the tests of weights_download.sh: the API, /resolve/, a redirect to a CDN, and
+ways of going wrong.
 
 It knows HTTP and what the hub promises (sizes, hashes); it does not know the script.
 """
@@ -9,7 +10,8 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import NamedTuple
 
-SHA = "0123456789abcdef0123456789abcdef01234567"  # the commit every branch of this hub points to, unless a test moves it
+# The commit that every branch of this hub points to, unless a test moves it.
+SHA = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Request(NamedTuple):
@@ -23,7 +25,10 @@ def git_blob(content: bytes) -> str:
 
 
 class Hub:
-    """`with Hub({name: content}) as hub:` serves at hub.url; the attributes below may be changed while it runs."""
+    """`with Hub({name: content}) as hub:` serves at hub.url.
+
+    The attributes below may be changed while it runs.
+    """
 
     def __init__(self, files: dict[str, bytes], host: str = "127.0.0.1"):
         self.files, self.host = files, host
@@ -32,7 +37,8 @@ class Hub:
         }
         self.sha = SHA
         self.requests: list[Request] = []
-        self.token = None  # what Authorization must carry, for anything but the API (as for the hub's gated repositories)
+        # What Authorization must carry for anything but the API, as for gated repositories.
+        self.token = None
         self.status: dict[str, list[int]] = {}  # name -> status codes to answer with first
         self.served: dict[str, bytes] = {}  # name -> other content than the API announces
         self.cuts: dict[
@@ -59,7 +65,7 @@ class Hub:
                 }
                 entry |= {"blobId": git_blob(b"pointer"), "lfs": pointer}
             siblings.append(entry)
-        # What misleads a parser made of grep: other "sha" keys, braces and escaped quotes inside of strings.
+        # What misleads a parser made of grep: other "sha" keys, braces and quotes in strings.
         misleading = {
             "sha": "f" * 40,
             "text": '{"sha": "\\" }]}, {"rfilename":"x"',

@@ -1,4 +1,5 @@
-"""Bad input gets one line on stderr (what, where, what to do) and the right exit code, before long work and before anything is written."""
+"""Bad input gets one line on stderr (what, where, what to do) and the right exit code, before long
+work and before anything is written."""
 
 import ast
 import json
@@ -71,7 +72,7 @@ def edit(path, change):
     path.write_text(json.dumps(change(value) or value))
 
 
-# --- base checkpoint -------------------------------------------------------------------------------
+# --- base checkpoint ------------------------------------------------------------------------------
 
 HEADER = b'{"model.norm.weight":{"dtype":"F32","shape":[32],"data_offsets":[0,128]}}'
 
@@ -253,7 +254,7 @@ def test_a_tokenizer_that_is_not_this_model_s_is_refused(world, content, said, m
     refused(result, 3, *([said] if content is not None else ["tokenizer.model"]))
 
 
-# --- records ---------------------------------------------------------------------------------------
+# --- records --------------------------------------------------------------------------------------
 
 GOOD = {
     "instruction": "Can cats sing?",
@@ -317,7 +318,7 @@ def test_an_answer_that_its_task_does_not_allow_is_refused(world):
     assert tree(world.data.parent) == before
 
 
-# --- adapters --------------------------------------------------------------------------------------
+# --- adapters -------------------------------------------------------------------------------------
 
 
 def tensors(change):
@@ -390,7 +391,7 @@ def test_an_adapter_is_not_scored_on_another_base_than_its_own(world):
     )
 
 
-def test_an_adapter_that_a_training_replaces_while_the_base_is_read_is_not_scored_under_the_old_one_s_name(
+def test_an_adapter_replaced_while_the_base_is_read_is_not_scored_under_the_old_one_s_name(
     world, monkeypatch
 ):
     monkeypatch.undo()
@@ -405,7 +406,7 @@ def test_an_adapter_that_a_training_replaces_while_the_base_is_read_is_not_score
     refused(score("done", "--data", world.tests), 2, "replaced while it was read")
 
 
-# --- flags -----------------------------------------------------------------------------------------
+# --- flags ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -503,7 +504,7 @@ def test_a_message_is_one_printable_line_whatever_a_file_holds(capsys):
     )
 
 
-# --- security --------------------------------------------------------------------------------------
+# --- security -------------------------------------------------------------------------------------
 
 
 def test_no_file_evaluates_text_unpickles_freely_or_calls_a_shell():
@@ -534,7 +535,7 @@ def test_secrets_in_the_environment_are_neither_printed_nor_stored(clean, tmp_pa
     assert not any(b"verysecret" in content for content in tree(tmp_path).values())
 
 
-# --- and all the rest ------------------------------------------------------------------------------
+# --- and all the rest -----------------------------------------------------------------------------
 
 
 def test_mutated_input_of_every_kind_ends_in_a_clean_exit_with_a_clean_message(tmp_path):

@@ -1,4 +1,4 @@
-"""Kill the process, fill the disk, damage a file, poison a batch: what was saved stays whole and usable.
+"""Kill the process, fill the disk, damage a file, poison a batch: what was saved stays whole.
 
 `make faults` does the same at every instant of a run, and to real processes at random times.
 """
@@ -62,7 +62,7 @@ def half(world, tmp_path_factory):
 
 
 def third_save(log: list[tuple[str, str]], validations: int = 0) -> range:
-    """The instants of the save after step 3, the first that ends with forgetting an old checkpoint."""
+    """The instants of the save after step 3, the first that forgets an old checkpoint."""
     rows = [
         i
         for i, (operation, path) in enumerate(log)
@@ -71,7 +71,7 @@ def third_save(log: list[tuple[str, str]], validations: int = 0) -> range:
     return range(rows[validations], rows[validations + 1] + 1)
 
 
-# --- the order of a save ---------------------------------------------------------------------------
+# --- the order of a save --------------------------------------------------------------------------
 
 
 def test_a_save_is_written_synced_renamed_synced_and_only_then_is_an_old_one_forgotten(
@@ -109,7 +109,8 @@ def test_a_save_is_written_synced_renamed_synced_and_only_then_is_an_old_one_for
 
 
 def test_saved_is_said_only_when_it_is(world, tmp_path, monkeypatch):
-    """What is printed, and when: at every instant, each checkpoint that was claimed stands there, and none is claimed half-way."""
+    """At every instant, each checkpoint that was claimed stands there, and none is claimed
+    half-way."""
     claims, seen = [], []
     monkeypatch.setattr(
         jobs.tqdm, "write", staticmethod(lambda text: claims.append(text.rpartition("/")[2]))
@@ -128,7 +129,7 @@ def test_saved_is_said_only_when_it_is(world, tmp_path, monkeypatch):
     }
 
 
-# --- kill -9 ---------------------------------------------------------------------------------------
+# --- kill -9 --------------------------------------------------------------------------------------
 
 
 def test_after_kill_9_at_any_instant_of_a_save_the_newest_checkpoint_is_whole_and_resume_goes_on(
@@ -158,7 +159,7 @@ def test_after_kill_9_before_the_first_save_the_same_command_starts_again(world,
         assert result.code == 0 and outcome(folder) == outcome(whole), (n, log[n], result)
 
 
-# --- a full disk, a locked one ---------------------------------------------------------------------
+# --- a full disk, a locked one --------------------------------------------------------------------
 
 
 def test_a_full_disk_at_any_instant_of_a_save_costs_one_line_and_no_checkpoint(
@@ -217,7 +218,7 @@ def test_an_impossible_output_folder_is_refused(world, tmp_path, out):
     assert tree(tmp_path) == {"file": b"mine"}
 
 
-# --- a damaged checkpoint --------------------------------------------------------------------------
+# --- a damaged checkpoint -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -284,7 +285,7 @@ def test_the_newest_checkpoint_is_the_one_of_the_latest_step_not_of_the_last_nam
     ]
 
 
-# --- what never reaches a file ---------------------------------------------------------------------
+# --- what never reaches a file --------------------------------------------------------------------
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step_and_the_records(
@@ -396,7 +397,7 @@ def test_an_infinite_adapter_and_no_adapter_at_all_are_never_saved(tiny, tmp_pat
 
 
 def test_an_adapter_of_zeros_is_a_legal_first_step_but_never_a_result(world, tmp_path):
-    """The first update has lr 0. Validated at once, it must not become the best adapter of a run that goes on."""
+    """The first update has lr 0. Validated at once, it must not become a run's best adapter."""
     assert interrupt(1, *flags(world, tmp_path / "one", **SHORT)).code == 130
     first = load_file(
         tmp_path / "one" / "checkpoints" / "step-000001" / "adapter_model.safetensors"
@@ -431,7 +432,7 @@ def test_a_layer_that_gets_no_gradient_stops_the_run_and_is_named(world, tmp_pat
     assert runs.checkpoints(tmp_path / "run") == []
 
 
-# --- memory ----------------------------------------------------------------------------------------
+# --- memory ---------------------------------------------------------------------------------------
 
 LACKS = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has"),

@@ -1,4 +1,4 @@
-"""weights_download.sh against a hub on this machine that keeps its promises, and against some that do not."""
+"""weights_download.sh against local hubs that keep their promises, and some that do not."""
 
 import os
 import re
@@ -28,7 +28,7 @@ CLUTTER = {
     "consolidated.00.pth": b"-" * 9,
     "flax_model.msgpack": b"-" * 9,
 }
-NAME = "sheared-llama-1.3b"  # for what holds for every name; in these tests it is asked for at the branch "main"
+NAME = "sheared-llama-1.3b"  # for what holds for every name; asked for here at the branch "main"
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def home(tmp_path):
 
 
 def command(home, hub, *arguments, **env):
-    """-> arguments for subprocess. Nothing of this machine's environment but PATH: no proxy, no token of a real person."""
+    """-> arguments for subprocess. Of this machine's environment only PATH: no proxy, no real token."""
     url = hub.url if hub else "http://127.0.0.1:9"  # port 9: nobody there
     ours = {
         "HF_ENDPOINT": url,
@@ -79,7 +79,7 @@ def at_main(name=NAME):
     return name + "@main"
 
 
-# -------------------------------------------------------------------------------- what comes, and from where
+# --- what comes, and from where -------------------------------------------------------------------
 
 
 def test_the_list_names_every_checkpoint_and_asks_nobody(home):
@@ -181,7 +181,7 @@ def test_a_file_that_is_not_the_published_one_is_neither_taken_nor_overwritten(h
 
 
 def test_a_big_file_that_is_there_is_judged_by_its_size(home):
-    """Hashing 13 GB anew on every run would take a minute; they were hashed before they got their name."""
+    """Hashing 13 GB on every run would take a minute; it was done before the file got its name."""
     there = home / "checkpoints" / NAME / "pytorch_model.bin"
     there.parent.mkdir(parents=True)
     there.touch()
@@ -192,7 +192,7 @@ def test_a_big_file_that_is_there_is_judged_by_its_size(home):
     assert len(hub.requests) == 1
 
 
-# -------------------------------------------------------------------------------- revisions
+# --- revisions ------------------------------------------------------------------------------------
 
 
 def test_the_pinned_commit_is_what_the_hub_is_asked_for(home):
@@ -236,7 +236,7 @@ def test_known_hashes_are_believed_more_than_the_hub(home):
     assert not (home / "checkpoints").exists()
 
 
-# -------------------------------------------------------------------------------- broken connections
+# --- broken connections ---------------------------------------------------------------------------
 
 
 def test_a_connection_cut_in_mid_file_is_taken_up_at_the_next_byte(home):
@@ -319,7 +319,7 @@ def test_no_network_is_one_line(home):
     assert done.returncode == 1 and "127.0.0.1:9" in done.stderr
 
 
-# -------------------------------------------------------------------------------- wrong content
+# --- wrong content --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -388,7 +388,7 @@ def test_a_404_names_the_page_to_look_at(home):
     )
 
 
-# -------------------------------------------------------------------------------- the token
+# --- the token ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("env, status", [({}, 401), ({"HF_TOKEN": TOKEN}, 403)])
@@ -464,7 +464,7 @@ def test_a_token_that_could_smuggle_in_an_option_is_refused(home):
     assert done.returncode == 2 and "evil" not in done.stderr and not hub.requests
 
 
-# -------------------------------------------------------------------------------- the disk
+# --- the disk -------------------------------------------------------------------------------------
 
 
 def test_too_little_space_is_said_before_anything_is_fetched(home):
@@ -492,7 +492,7 @@ def test_too_little_space_is_said_before_anything_is_fetched(home):
 
 @pytest.mark.parametrize("signal_kills", [True, False])
 def test_a_disk_that_fills_up_keeps_the_part(home, signal_kills):
-    """A limit on file size stands in for a full disk: the write fails (or, by default, a signal says so)."""
+    """A limit on file size stands in for a full disk: the write fails, or a signal says so."""
     size = (30_000, 30_000)
     limit = {
         "preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, size),
@@ -516,7 +516,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(home):
     assert done.returncode == 1 and "cannot write in checkpoints" in done.stderr.splitlines()[-1]
 
 
-# -------------------------------------------------------------------------------- the data
+# --- the data -------------------------------------------------------------------------------------
 
 TASKS = [
     "boolq",
@@ -565,7 +565,7 @@ def test_other_data_than_the_published_is_refused(home):
     assert folder(home).keys() == {SCRIPT.name}
 
 
-# -------------------------------------------------------------------------------- the script itself
+# --- the script itself ----------------------------------------------------------------------------
 
 
 def test_the_script_keeps_to_bash_3_2():

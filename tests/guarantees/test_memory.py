@@ -56,7 +56,7 @@ def batch():
     [("lora", 0.0), ("rora", 0.05), ("dora", 0.05), ("parallel", 0.0), ("prefix", 0.0)],
 )
 def test_a_block_is_planned_with_what_training_keeps_for_it(dtype, method, dropout):
-    """The plan measures one block; the truth is what three blocks keep in a training step, divided by three."""
+    """The plan measures one block; the truth is a third of what three blocks keep in training."""
     model = Llama(CFG).to(dtype)
     rora.attach(model, method, 8, dropout=dropout)
     shake(model)

@@ -97,7 +97,7 @@ def write_meta(folder, params: dict, hidden: int, tokenizer: bytes, n_files: int
 
 
 def meta_forward(params: dict, w: dict, ids: torch.Tensor) -> torch.Tensor:  # (T,) -> (T, V)
-    """LLaMA with Meta's rotation: neighbours are the real and imaginary part of one number, turned by e^(i·t·f)."""
+    """LLaMA with Meta's rotation: neighbours are one complex number, turned by e^(i·t·f)."""
     T, H, D = len(ids), params["n_heads"], params["dim"] // params["n_heads"]
     G = params.get("n_kv_heads", H)
     f = params.get("rope_theta", 10000.0) ** (-torch.arange(0, D, 2).double() / D)
@@ -137,7 +137,7 @@ def meta_forward(params: dict, w: dict, ids: torch.Tensor) -> torch.Tensor:  # (
 
 
 def byte_tokenizer() -> bytes:
-    """The smallest tokenizer.model of Llama-3's kind: 256 bytes and 256 specials make a vocabulary of 512."""
+    """The smallest tokenizer.model of Llama-3's kind: 256 bytes and 256 specials, 512 ids."""
     return b"\n".join(base64.b64encode(bytes([i])) + b" %d" % i for i in range(256))
 
 

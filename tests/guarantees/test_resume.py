@@ -1,4 +1,4 @@
-"""A run that was stopped and resumed is the run that was not stopped; and what must not be resumed is not."""
+"""A run that was stopped and resumed is the run that was not stopped; what must not be is not."""
 
 import json
 import signal
@@ -36,13 +36,14 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(world, tmp_path_factory):
-    """Twelve steps without an interruption: dropout, micro-batches of 3 in batches of 4, two epochs of 6 steps."""
+    """Twelve steps without an interruption: dropout, micro-batches of 3 in batches of 4, two epochs
+    of 6 steps."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     assert run(*flags(world, folder)).code == 0
     return folder
 
 
-# --- equal, bit for bit ----------------------------------------------------------------------------
+# --- equal, bit for bit ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -113,7 +114,7 @@ def test_the_scores_of_a_resumed_run_are_the_scores_of_the_whole_one(world, whol
         ).read_bytes()
 
 
-# --- what is refused -------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------
 
 
 def test_a_changed_setting_is_refused_by_name_and_nothing_is_touched(world, tmp_path):
@@ -209,7 +210,10 @@ def test_two_processes_in_one_folder_are_refused_and_the_lock_dies_with_its_proc
     world, tmp_path
 ):
     interrupt(2, *flags(world, tmp_path / "run"))
-    hold = "import sys, time; from plumbing import run_folder as runs; from pathlib import Path\nwith runs.lock(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    hold = (
+        "import sys, time; from pathlib import Path; from plumbing import run_folder as runs\n"
+        "with runs.lock(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    )
     other = subprocess.Popen(
         [sys.executable, "-c", hold, str(tmp_path / "run")], cwd=ROOT, stdout=subprocess.PIPE
     )
@@ -235,7 +239,7 @@ def test_resuming_a_finished_run_says_so_and_changes_nothing(world, whole):
     )
 
 
-# --- signals ---------------------------------------------------------------------------------------
+# --- signals --------------------------------------------------------------------------------------
 
 
 def test_a_second_signal_ends_the_process_at_once(world, tmp_path):
@@ -310,7 +314,7 @@ def test_an_answer_cut_short_by_a_crash_is_asked_for_again(world, whole, tmp_pat
     assert score(*command).code == 0 and tree(tmp_path) == before
 
 
-# --- what a result does not depend on --------------------------------------------------------------
+# --- what a result does not depend on -------------------------------------------------------------
 
 
 def test_answers_do_not_depend_on_batch_size_or_the_order_of_the_questions(world, whole, tmp_path):
