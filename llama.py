@@ -22,6 +22,7 @@ Where precision changes (base dtype: bf16 on CUDA; fp32 or bf16 on a CPU):
 
 import inspect
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,12 +31,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from plumbing.hf_files import CheckpointError, TensorFiles, read_json, write_tensors
+from plumbing.hf_config import config_json, read_config
+from plumbing.hf_files import TensorFiles, write_tensors
 
 try:  # attention over rows of different lengths without padding: CUDA only, torch >= 2.10
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:
     varlen_attn = None
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How positions beyond the length that a model was first trained at are brought within it.
+
+    Linear: every frequency is divided by `factor`. Llama 3.1's rule: a pair that turns fewer than
+    `low` times within the first length is slowed down by `factor`, one that turns more than `high`
+    times is left alone, and between the two the frequency is mixed.
+    """
+
+    factor: float
+    low: float | None = None  # None: linear
+    high: float | None = None
+    original_positions: int | None = None
 
 
 @dataclass(frozen=True)
@@ -50,10 +67,9 @@ class LlamaConfig:
     rope_theta: float = 10000.0
     max_positions: int = 2048
     tie_embeddings: bool = False  # lm_head is embed_tokens
-    bos: int = (
-        1  # as config.json says; the tokenizer knows better (some old conversions have 0 and 1)
-    )
+    bos: int = 1  # as config.json says; the tokenizer knows better (old conversions have 0 and 1)
     eos: int = 2
+    rope_scaling: RopeScaling | None = None
 
     @property
     def head_dim(self) -> int:  # D
@@ -61,105 +77,14 @@ class LlamaConfig:
 
     @classmethod
     def from_json(cls, path: str | Path) -> "LlamaConfig":
-        """Read a checkpoint's config.json, in the spelling of transformers 4 or 5.
-
-        Raises CheckpointError for a missing or absurd value, and for every key that would make the model compute
-        something that this file does not: such a checkpoint would load and be quietly wrong.
-        """
-        path = Path(path)
-        hf = read_json(path)
-
-        def bad(what: str) -> CheckpointError:
-            return CheckpointError(f"{path}: {what}")
-
-        def number(key: str, kind: type, default=None, most: float = 1e7):
-            value = hf.get(key, default)
-            if value is None:
-                value = default
-            if value is None:
-                raise bad(f'no "{key}"')
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise bad(f'"{key}" is {value!r}, expected a number')
-            if not 0 < value <= most:  # as NaN and infinity, which Python reads in JSON, are too
-                raise bad(f'"{key}" is {value!r}, out of range')
-            if kind is int and value != int(value):
-                raise bad(f'"{key}" is {value!r}, expected a whole number')
-            return kind(value)
-
-        rope = (
-            hf.get("rope_parameters") or {}
-        )  # transformers 5 gathers what 4 kept in rope_theta and rope_scaling
-        scaling = hf.get("rope_scaling") or {}
-        if not isinstance(rope, dict) or not isinstance(scaling, dict):
-            raise bad('"rope_parameters" and "rope_scaling" must be objects')
-        rope_type = scaling.get("rope_type", scaling.get("type", rope.get("rope_type", "default")))
-        n_heads, dim = number("num_attention_heads", int), number("hidden_size", int)
-        for key, value, supported in [
-            ("model_type", hf.get("model_type", "llama"), "llama"),
-            ("hidden_act", hf.get("hidden_act", "silu"), "silu"),
-            ("rope_scaling", rope_type, "default"),
-            ("attention_bias", bool(hf.get("attention_bias")), False),
-            ("mlp_bias", bool(hf.get("mlp_bias")), False),
-            ("quantization_config", hf.get("quantization_config"), None),
-            (
-                "partial_rotary_factor",
-                rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0)),
-                1.0,
-            ),
-            ("head_dim", hf.get("head_dim") or dim // n_heads, dim / n_heads),
-        ]:
-            if value != supported:
-                raise bad(f'"{key}" is {value!r}; this model computes only {supported!r}')
-        n_kv_heads = number("num_key_value_heads", int, n_heads)
-        if n_heads % n_kv_heads or (dim // n_heads) % 2:
-            raise bad(
-                f"{n_heads} heads of width {dim // n_heads} in groups of {n_kv_heads}: heads must be a multiple of "
-                "key/value heads, and their width even"
-            )
-        return cls(
-            dim,
-            number("num_hidden_layers", int, most=1000),
-            n_heads,
-            n_kv_heads,
-            number("intermediate_size", int),
-            number("vocab_size", int),
-            number("rms_norm_eps", float, 1e-6, most=0.1),
-            number("rope_theta", float, rope.get("rope_theta", 10000.0), most=1e12),
-            number("max_position_embeddings", int, 2048),
-            bool(hf.get("tie_word_embeddings")),
-            *(
-                _first_id(hf.get(key), default)
-                for key, default in [("bos_token_id", 1), ("eos_token_id", 2)]
-            ),
-        )
+        """Read a checkpoint's config.json. Raises CheckpointError for what is not computed here."""
+        facts = read_config(path)
+        if "rope_scaling" in facts:
+            facts["rope_scaling"] = RopeScaling(**facts["rope_scaling"])
+        return cls(**facts)
 
     def to_json(self, dtype: torch.dtype) -> dict:
-        """The same facts as transformers 4 spells them; transformers 5 reads both."""
-        return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "hidden_act": "silu",
-            "hidden_size": self.dim,
-            "num_hidden_layers": self.n_layers,
-            "num_attention_heads": self.n_heads,
-            "num_key_value_heads": self.n_kv_heads,
-            "intermediate_size": self.hidden_dim,
-            "vocab_size": self.vocab_size,
-            "rms_norm_eps": self.norm_eps,
-            "rope_theta": self.rope_theta,
-            "max_position_embeddings": self.max_positions,
-            "tie_word_embeddings": self.tie_embeddings,
-            "bos_token_id": self.bos,
-            "eos_token_id": self.eos,
-            "torch_dtype": str(dtype).removeprefix("torch."),
-        }
-
-
-def _first_id(value: object, default: int) -> int:
-    """Chat models list several end tokens; the first is the one that ends a text."""
-    if isinstance(value, list) and value:
-        value = value[0]
-    return value if isinstance(value, int) else default
+        return config_json(self, dtype)
 
 
 class RMSNorm(nn.Module):
@@ -176,9 +101,21 @@ class RMSNorm(nn.Module):
         return normed.type_as(x) * self.weight
 
 
-def rope_tables(positions: Tensor, D: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin of position · frequency: (N,) -> two of (N, 1, D/2). Frequency d falls from 1 towards 1/theta."""
-    freqs = 1.0 / theta ** (torch.arange(0, D, 2, device=positions.device).float() / D)  # (D/2,)
+def rope_frequencies(cfg: LlamaConfig, device: torch.device | None = None) -> Tensor:  # (D/2,)
+    """Radians per position of each pair, falling from 1 towards 1 / rope_theta."""
+    D, scaling = cfg.head_dim, cfg.rope_scaling
+    freqs = 1.0 / cfg.rope_theta ** (torch.arange(0, D, 2, device=device).float() / D)
+    if scaling is None:
+        return freqs
+    if scaling.low is None:
+        return freqs / scaling.factor
+    turns = scaling.original_positions * freqs / (2 * math.pi)  # within the first length
+    kept = ((turns - scaling.low) / (scaling.high - scaling.low)).clamp(0, 1)
+    return kept * freqs + (1 - kept) * freqs / scaling.factor
+
+
+def rope_tables(positions: Tensor, freqs: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin of position · frequency: (N,), (D/2,) -> two of (N, 1, D/2)."""
     angles = torch.outer(positions.float(), freqs)[:, None]  # (N, 1, D/2)
     return angles.cos(), angles.sin()
 
@@ -424,7 +361,7 @@ class Llama(nn.Module):
         return Rows(
             lengths,
             positions,
-            rope_tables(positions, self.cfg.head_dim, self.cfg.rope_theta),
+            rope_tables(positions, rope_frequencies(self.cfg, device)),
             start,
         )
 
@@ -488,7 +425,7 @@ def generate(model: Llama, prompts: list[list[int]], max_new: int, eos: int) -> 
         done |= token == eos
         if step + 1 == max_new or done.all():
             break
-        rope = rope_tables(positions, model.cfg.head_dim, model.cfg.rope_theta)
+        rope = rope_tables(positions, rope_frequencies(model.cfg, device))
         hidden = model.hidden(
             token, Rows([1] * len(prompts), positions, rope, decoding=True), cache
         )

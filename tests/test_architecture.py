@@ -9,7 +9,7 @@ from conftest import ROOT
 MAY_IMPORT = {  # first the six files of the paper, then the plumbing; rora.main alone reaches up, to plumbing.jobs, when it is called
     "data": set(),
     "fast": set(),
-    "llama": {"plumbing.hf_files"},
+    "llama": {"plumbing.hf_config", "plumbing.hf_files"},
     "baselines": {"llama"},
     "rora": {"baselines", "data", "fast", "llama", "plumbing.peft_files", "plumbing.run_folder"},
     "eval": {
@@ -26,6 +26,7 @@ MAY_IMPORT = {  # first the six files of the paper, then the plumbing; rora.main
     },
     "plumbing.processes": set(),
     "plumbing.run_folder": set(),
+    "plumbing.hf_config": {"plumbing.hf_files"},
     "plumbing.hf_files": set(),
     "plumbing.peft_files": {"plumbing.hf_files"},
     "plumbing.memory": {"data", "llama", "plumbing.processes"},

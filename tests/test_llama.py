@@ -18,11 +18,13 @@ from llama import (
     apply_rope,
     attend,
     generate,
+    rope_frequencies,
     rope_tables,
     sdpa,
 )
 
 IDS = torch.randint(0, 64, (3, 9), generator=torch.Generator().manual_seed(1))
+FREQS_OF_8 = rope_frequencies(SMALL)  # of heads 8 wide
 
 
 def test_rmsnorm_is_x_over_its_root_mean_square_times_a_weight():
@@ -40,7 +42,7 @@ def test_rmsnorm_is_x_over_its_root_mean_square_times_a_weight():
 def test_rope_turns_each_pair_by_position_times_frequency():
     D, theta, t = 8, 10000.0, 37
     x = torch.randn(1, 1, D, dtype=torch.float64)
-    turned = apply_rope(x, *rope_tables(torch.tensor([t]), D, theta)).double()
+    turned = apply_rope(x, *rope_tables(torch.tensor([t]), FREQS_OF_8)).double()
     for d in range(D // 2):  # the pair (d, d + D/2) as one complex number
         z = complex(x[0, 0, d], x[0, 0, d + D // 2]) * complex(
             *(
@@ -54,7 +56,7 @@ def test_rope_turns_each_pair_by_position_times_frequency():
 
 def test_rope_scores_depend_on_distance_alone():
     q, k = torch.randn(2, 1, 1, 8)
-    at = lambda x, t: apply_rope(x, *rope_tables(torch.tensor([t]), 8, 10000.0))
+    at = lambda x, t: apply_rope(x, *rope_tables(torch.tensor([t]), FREQS_OF_8))
     score = lambda i, j: (at(q, i) * at(k, j)).sum()
     assert torch.allclose(score(7, 3), score(57, 53), atol=1e-5)  # four apart, either way
     assert not torch.allclose(score(7, 3), score(7, 4), atol=1e-3)
@@ -159,7 +161,7 @@ def test_what_all_prompts_begin_with_goes_through_the_model_once(tiny, own, monk
 def test_rows_behind_a_past_get_what_each_gets_behind_it_alone():
     P, lengths = 5, [4, 1, 6]
     positions = torch.arange(sum(lengths))
-    rows = Rows(lengths, positions, rope_tables(positions, 8, 1e4))
+    rows = Rows(lengths, positions, rope_tables(positions, FREQS_OF_8))
     q, k, v, before_k, before_v = (
         torch.randn(11, 4, 8),
         *torch.randn(2, 11, 2, 8),
@@ -182,7 +184,7 @@ def test_plain_products_against_the_cache_are_the_fused_attention(groups):
         Attention(dataclasses.replace(SMALL, n_kv_heads=groups)),
         torch.tensor([2, 9, 5]),
     )
-    rows = Rows([1, 1, 1], positions, rope_tables(positions, 8, 1e4), decoding=True)
+    rows = Rows([1, 1, 1], positions, rope_tables(positions, FREQS_OF_8), decoding=True)
     q, (keys, values) = torch.randn(3, 4, 8), torch.randn(2, 3, groups, 11, 8)
     visible = torch.arange(11) <= positions[:, None]
     fused = sdpa(q[:, :, None], keys, values, visible[:, None, None])[:, :, 0]
@@ -225,7 +227,7 @@ def test_the_cache_is_allocated_once(tiny):
 
 def test_padding_and_back_is_the_identity():
     positions = torch.arange(7)
-    rows = Rows([3, 1, 3], positions, rope_tables(positions, 4, 1e4))
+    rows = Rows([3, 1, 3], positions, rope_tables(positions, torch.tensor([1.0, 0.01])))
     x = torch.randn(7, 2, 4)
     assert rows.pad(x).shape == (3, 2, 3, 4) and torch.equal(rows.unpad(rows.pad(x)), x)
 
@@ -265,8 +267,8 @@ def test_transformers_4_and_5_spell_the_same_facts_differently(tmp_path):
 @pytest.mark.parametrize(
     "changes, named",
     [
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "rope_scaling"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "factor"),
         ({"attention_bias": True}, "attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"hidden_act": "gelu"}, "hidden_act"),

@@ -62,12 +62,13 @@ def records(data_folder) -> dict[str, list[dict]]:
 def make_llama(tmp_path):
     """make_llama(files="model.safetensors", **config) -> (folder, transformers' model in fp32).
 
-    `files` is a file name, or (name, size) for shards of that many bytes. The weights are wide enough for logits of
-    order 1, and the norms' weights are not all one.
+    `files` is a file name, or (name, size) for shards of that many bytes. `scaling`: what config.json
+    says of rotary scaling. The weights are wide enough for logits of order 1, and the norms' weights
+    are not all one.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    def make(files="model.safetensors", seed=0, rope_theta=10000.0, **config):
+    def make(files="model.safetensors", seed=0, rope_theta=10000.0, scaling=None, **config):
         torch.manual_seed(seed)
         small = dict(
             hidden_size=64,
@@ -79,7 +80,7 @@ def make_llama(tmp_path):
             initializer_range=0.12,
             rms_norm_eps=1e-6,
         )
-        rope = {"rope_type": "default", "rope_theta": rope_theta}
+        rope = {"rope_type": "default", "rope_theta": rope_theta} | (scaling or {})
         model = LlamaForCausalLM(LlamaConfig(**small | config, rope_parameters=rope)).eval()
         for name, parameter in model.named_parameters():
             if "norm" in name:

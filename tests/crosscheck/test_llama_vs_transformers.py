@@ -1,11 +1,15 @@
 """llama.py against transformers' LLaMA, on small random checkpoints that transformers wrote."""
 
+import json
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from transformers import LlamaConfig as TheirConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from data import format_prompt, load_tokenizer
-from llama import generate, load_llama, save_llama
+from llama import LlamaConfig, RopeScaling, generate, load_llama, rope_frequencies, save_llama
 
 pytestmark = pytest.mark.crosscheck
 
@@ -46,13 +50,104 @@ def test_fp32_logits_are_those_of_transformers(
 
 
 @pytest.mark.parametrize(
-    "change", [{"rms_norm_eps": 1e-5}, {"rope_theta": 5e5}, {"num_key_value_heads": 2}], ids=str
+    "change",
+    [
+        {"rms_norm_eps": 1e-5},
+        {"rope_theta": 5e5},
+        {"num_key_value_heads": 2},
+        {"scaling": {"rope_type": "linear", "factor": 4.0}},
+    ],
+    ids=str,
 )
 def test_the_comparison_would_notice_another_config(change, make_llama):
-    """The same seed draws the same weights, but for the narrower k and v: only what the config says is different."""
+    """The same seed draws the same weights, but for the narrower k and v: only the config differs."""
     (_, one), (_, other) = make_llama(), make_llama(**change)
     with torch.no_grad():
         assert (one(some_ids()).logits - other(some_ids()).logits).abs().max() > 1e-3
+
+
+# --- positions beyond the first length, as Llama 3.1 and 3.2 have them -----------------------------
+
+LLAMA_3_1 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+
+
+def in_the_spelling_of_transformers_4(folder) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    rope = config.pop("rope_parameters")
+    config |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
+    path.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("spelling", [4, 5])
+@pytest.mark.parametrize("scaling", [LLAMA_3_1, LLAMA_3_1 | {"factor": 32.0}, LINEAR], ids=str)
+def test_scaled_rotary_positions_are_those_of_transformers_also_beyond_the_first_length(
+    scaling, spelling, make_llama, deviation
+):
+    folder, theirs = make_llama(
+        scaling=scaling,
+        rope_theta=5e5,
+        num_key_value_heads=2,
+        head_dim=32,
+        num_attention_heads=4,
+        hidden_size=128,
+        max_position_embeddings=512,
+    )
+    if spelling == 4:
+        in_the_spelling_of_transformers_4(folder)
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids = some_ids(B=2, T=300)  # the first length is 64
+    with torch.no_grad():
+        logits = theirs(ids).logits
+        ours = load_llama(folder, dtype=torch.float32)(ids)
+    absolute, _ = deviation(
+        f"logits, fp32, rope {scaling['rope_type']}", "transformers", ours, logits
+    )
+    assert absolute < 1e-5
+
+
+@pytest.mark.parametrize("scaling", [LLAMA_3_1, LINEAR], ids=["llama3", "linear"])
+def test_a_scaling_that_save_llama_writes_transformers_reads(scaling, make_llama, tmp_path):
+    folder, theirs = make_llama(scaling=scaling, max_position_embeddings=512)
+    save_llama(load_llama(folder, dtype=torch.float32), tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+    ids = some_ids(B=1, T=200)
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, theirs(ids).logits, rtol=0, atol=1e-5)
+
+
+PUBLISHED = {  # hidden, layers, heads, key/value heads, F, V, tied, factor
+    "Llama-3.1-8B": (4096, 32, 32, 8, 14336, 128256, False, 8.0),
+    "Llama-3.2-1B": (2048, 16, 32, 8, 8192, 128256, True, 32.0),
+    "Llama-3.2-3B": (3072, 28, 24, 8, 8192, 128256, True, 32.0),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_scaling_has_the_frequencies_of_transformers_at_full_width(name):
+    hidden, layers, heads, kv_heads, F, V, tied, factor = PUBLISHED[name]
+    rope = LLAMA_3_1 | {"factor": factor, "original_max_position_embeddings": 8192}
+    theirs = TheirConfig(
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=131072,
+        rope_parameters=rope | {"rope_theta": 5e5},
+    )
+    cfg = LlamaConfig(
+        *(hidden, layers, heads, kv_heads, F, V, 1e-5, 5e5, 131072, tied),
+        rope_scaling=RopeScaling(factor, 1.0, 4.0, 8192),
+    )
+    torch.testing.assert_close(
+        rope_frequencies(cfg), LlamaRotaryEmbedding(theirs).inv_freq, rtol=3e-7, atol=0
+    )
 
 
 def test_bf16_error_against_float64_is_not_above_that_of_transformers(make_llama, deviation):
