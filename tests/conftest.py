@@ -9,8 +9,11 @@ import os
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import torch
 
+import eval as judge
+from data import TASKS, format_prompt, load_tokenizer
 from llama import Llama, LlamaConfig, save_llama
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,8 +38,10 @@ def shake(model: torch.nn.Module, size: float = 0.1) -> None:
 
 
 def real_data() -> Path:
-    """The real records and tokenizers: $RORA_DATA, or the folder beside the checkout. Absent, the test is skipped and says
-    so; on a machine that calls itself CI it fails."""
+    """The real records and tokenizers: $RORA_DATA, or the folder beside the checkout.
+
+    Where there are none, the test is skipped and says so; on a machine that calls itself CI it fails.
+    """
     folder = Path(os.environ.get("RORA_DATA") or ROOT.parent / "shared" / "data")
     if not (folder / "tokenizer.model").is_file():
         (pytest.fail if os.environ.get("CI") else pytest.skip)(
@@ -45,23 +50,25 @@ def real_data() -> Path:
     return folder
 
 
+ANSWERS = (
+    "true/false",
+    "solution1/solution2",
+    "answer1/answer2/answer3/answer4/answer5",
+    "ending1/ending2/ending3/ending4",
+    "option1/option2",
+)
+
+
 def words(folder: Path):
-    """A real SentencePiece tokenizer of about 300 pieces with LLaMA's conventions, trained in a blink on the tasks' wording."""
-    import sentencepiece
-
-    from data import TASKS, format_prompt, load_tokenizer
-
-    text = [
-        format_prompt(
-            {
-                "instruction": f"Please answer the following question: is the sky blue? Answer format: {answers}"
-            }
-        )
-        + "the correct answer is true false"
-        for answers in TASKS.values()
-    ]
+    """A SentencePiece tokenizer of LLaMA's kind, of about 300 pieces, trained in a blink on the
+    tasks' wording."""
+    question = "Please answer the following question: is the sky blue? Answer format: "
+    output = "the correct answer is true false"
+    lines = []
+    for answers in ANSWERS:
+        lines += (format_prompt({"instruction": question + answers}) + output).split("\n")
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter("\n".join(text).split("\n") * 3),
+        sentence_iterator=iter(lines * 3),
         model_prefix=str(folder / "tokenizer"),
         vocab_size=400,
         model_type="bpe",
@@ -98,15 +105,40 @@ def write_records(path: Path, n: int = 40) -> Path:
     for i in range(n):
         a, b = (7 * i + 3) % 10, (3 * i + 5) % 11
         answer = "true" if a > b else "false"
+        instruction = (
+            "Please answer the following question with true or false, "
+            f"question: is {a} larger than {b}?{' please' * (i % 5)}\n\nAnswer format: true/false"
+        )
+        output = f"the correct answer is {answer}"
         records.append(
-            {
-                "instruction": f"Please answer the following question with true or false, question: is {a} larger than {b}?"
-                + " please" * (i % 5)
-                + "\n\nAnswer format: true/false",
-                "input": "",
-                "output": f"the correct answer is {answer}",
-                "answer": answer,
-            }
+            {"instruction": instruction, "input": "", "output": output, "answer": answer}
         )
     path.write_text(json.dumps(records))
     return path
+
+
+@pytest.fixture(scope="session")
+def benchmark(tmp_path_factory) -> Path:
+    """A folder with a random base, toy/, and 7 questions of each of the eight tasks, tests/.
+
+    Every other task lies in LLM-Adapters' layout, <task>/test.json, the rest in <task>.json.
+    """
+    folder = tmp_path_factory.mktemp("benchmark")
+    write_checkpoint(folder / "toy")
+    legal = {"piqa": "solution1", "hellaswag": "ending3", "winogrande": "option2"}
+    for i, task in enumerate(TASKS):
+        name = f"{task}.json" if i % 2 else f"{task}/test.json"
+        path = write_records(folder / "tests" / name, 7)
+        if task != "boolq":
+            answer = {"answer": legal.get(task, "answer2")}
+            records = [record | answer for record in json.loads(path.read_text())]
+            path.write_text(json.dumps(records))
+    return folder
+
+
+def score_base(benchmark: Path, out: Path, *flags: str) -> tuple[dict, dict[str, str]]:
+    """Score the benchmark's base model into `out`. Returns (results.json, the files of answers)."""
+    base, tests = str(benchmark / "toy"), str(benchmark / "tests")
+    assert judge.main(["--ckpt", base, "--data", tests, "--out", str(out), *flags]) == 0
+    answers = {path.name: path.read_text() for path in sorted(out.glob("*.jsonl"))}
+    return json.loads((out / "results.json").read_text()), answers

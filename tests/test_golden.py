@@ -1,4 +1,4 @@
-"""The committed trace: what this code computed once for the embedded checkpoint, and must go on computing."""
+"""The committed trace: what this code once computed for the embedded model, and goes on computing."""
 
 import json
 
@@ -13,29 +13,27 @@ from rora import attach, trainable
 TRACE = ROOT / "tests/golden/trace.safetensors"
 
 
-def test_the_golden_trace_is_what_this_code_computes():
+def test_logits_loss_and_gradients_are_those_of_the_committed_trace():
     with safe_open(TRACE, "pt") as file:
-        t, settings = (
-            {name: file.get_tensor(name) for name in file.keys()},
-            json.loads(file.metadata()["settings"]),
-        )
+        trace = {name: file.get_tensor(name) for name in file.keys()}
+        how = json.loads(file.metadata()["settings"])
     model = load_llama(ROOT / "tiny", dtype=torch.float32)
     attach(
         model,
-        settings["method"],
-        settings["size"],
-        settings["alpha"],
-        targets=settings["targets"],
-        scale=settings["scale"],
+        how["method"],
+        how["size"],
+        how["alpha"],
+        targets=how["targets"],
+        scale=how["scale"],
     )
     for name, p in trainable(model).items():
-        p.data.copy_(t[f"adapter.{name}"])
-    logits = model(t["ids"])
-    loss = F.cross_entropy(logits.flatten(0, 1), t["targets"].flatten())
+        p.data.copy_(trace[f"adapter.{name}"])
+    logits = model(trace["ids"])
+    loss = F.cross_entropy(logits.flatten(0, 1), trace["targets"].flatten())
     loss.backward()
-    assert torch.allclose(logits, t["logits"], atol=1e-4) and torch.allclose(
-        loss, t["loss"], atol=1e-5
-    )
+    assert torch.allclose(logits, trace["logits"], atol=1e-4)
+    assert torch.allclose(loss, trace["loss"], atol=1e-5)
     for name, p in trainable(model).items():
-        want = t[f"grad.{name}"]  # processors round in different places: relative to the largest
+        want = trace[f"grad.{name}"]
+        # Processors round in different places: the difference is relative to the largest entry.
         assert (p.grad - want).abs().max() <= 1e-4 * want.abs().max(), name

@@ -42,7 +42,7 @@ def home(tmp_path):
 
 
 def command(home, hub, *arguments, **env):
-    """-> arguments for subprocess. Of this machine's environment only PATH: no proxy, no real token."""
+    """-> arguments for subprocess. Of this machine's environment only PATH: no proxy, no token."""
     url = hub.url if hub else "http://127.0.0.1:9"  # port 9: nobody there
     ours = {
         "HF_ENDPOINT": url,

@@ -14,7 +14,6 @@ from helpers import (
     flags,
     in_child,
     interrupt,
-    judge,
     make_world,
     outcome,
     refused,
@@ -281,82 +280,7 @@ def test_a_signal_between_deciding_to_save_and_stopping_waits_for_the_next_step(
     )
 
 
-def test_scoring_can_be_stopped_and_goes_on_where_it_stopped(world, whole, tmp_path, monkeypatch):
-    generate, asked = judge.generate, []
-
-    def watched(model, prompts, *rest):
-        asked.extend(map(tuple, prompts))
-        if len(asked) in (6, 11):
-            signal.raise_signal(signal.SIGTERM)
-        return generate(model, prompts, *rest)
-
-    monkeypatch.setattr(judge, "generate", watched)
-    command = (whole, "--data", world.tests, "--batch-size", 3, "--out")
-    for code in (143, 143, 0):
-        assert score(*command, tmp_path / "cut").code == code
-    questions = len(asked)
-    assert (
-        score(*command, tmp_path / "cut").code == 0 and len(asked) == questions == 16
-    )  # nothing twice, nothing lost
-    monkeypatch.setattr(judge, "generate", generate)
-    assert score(*command, tmp_path / "whole").code == 0
-    assert tree(tmp_path / "cut") == tree(tmp_path / "whole")
-
-
-@pytest.mark.parametrize("cut", [1, 2, 30])
-def test_an_answer_cut_short_by_a_crash_is_asked_for_again(world, whole, tmp_path, cut):
-    """cut 1: all but the line break is there; the next answer must not be written behind it."""
-    command = (whole, "--data", world.tests, "--tasks", "boolq", "--out", tmp_path)
-    score(*command)
-    file = tmp_path / "boolq.jsonl"
-    before = {name: content for name, content in tree(tmp_path).items()}
-    file.write_bytes(file.read_bytes()[:-cut])
-    assert score(*command).code == 0 and tree(tmp_path) == before
-
-
 # --- what a result does not depend on -------------------------------------------------------------
-
-
-def test_answers_do_not_depend_on_batch_size_or_the_order_of_the_questions(world, whole, tmp_path):
-    turned = tmp_path / "turned"
-    turned.mkdir()
-    questions = json.loads((world.tests / "boolq.json").read_text())
-    (turned / "boolq.json").write_text(json.dumps(questions[::-1]))
-    said = []
-    for i, (folder, size) in enumerate(
-        [(world.tests, 1), (world.tests, 4), (world.tests, 64), (turned, 3)]
-    ):
-        assert (
-            score(
-                whole,
-                "--data",
-                folder,
-                "--tasks",
-                "boolq",
-                "--batch-size",
-                size,
-                "--out",
-                tmp_path / str(i),
-            ).code
-            == 0
-        )
-        answers = judge.read_generations(tmp_path / str(i) / "boolq.jsonl")
-        said.append([answers[n] for n in sorted(answers)])
-    assert said[0] == said[1] == said[2] == said[3][::-1] and len(set(said[0])) > 1
-
-
-def test_scores_of_another_adapter_or_of_changed_questions_are_not_gone_on_with(
-    world, whole, tmp_path
-):
-    copy = make_world(tmp_path / "world")
-    command = (whole, "--data", copy.tests, "--out", tmp_path / "scores")
-    assert score(*command).code == 0
-    questions = (copy.tests / "boolq.json").read_text()
-    (copy.tests / "boolq.json").write_text(questions.replace("cats", "bats"))
-    refused(score(*command), 2, "boolq")
-    (copy.tests / "boolq.json").write_text(questions)
-    refused(score(runs.checkpoints(whole)[1], *command[1:]), 2, "another adapter")
-    assert score(*command).code == 0
 
 
 def test_training_does_not_depend_on_micro_batches_or_on_recomputed_blocks(world, tmp_path):

@@ -1,0 +1,135 @@
+"""A score is made once, of one thing: answers are kept, gone on with, and never mixed with others."""
+
+import json
+import signal
+
+import pytest
+from conftest import score_base
+from helpers import flags, judge, make_world, refused, run, runs, score, tree
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def whole(world, tmp_path_factory):
+    """A finished run, to be scored."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert run(*flags(world, folder)).code == 0
+    return folder
+
+
+# --- what is kept ---------------------------------------------------------------------------------
+
+
+def test_every_generation_is_kept_and_scoring_again_generates_nothing(
+    benchmark, tmp_path, monkeypatch
+):
+    first, kept = score_base(benchmark, tmp_path)
+    assert len(kept) == 8 and all(len(text.splitlines()) == 7 for text in kept.values())
+    monkeypatch.setattr(judge, "generate", lambda *a: pytest.fail("an answer was generated twice"))
+    assert score_base(benchmark, tmp_path) == (first, kept)
+
+
+def test_a_larger_limit_goes_on_from_the_smaller(benchmark, tmp_path):
+    tasks = ("--tasks", "boolq", "piqa")
+    score_base(benchmark, tmp_path / "steps", "--limit", "3", *tasks)
+    steps, _ = score_base(benchmark, tmp_path / "steps", *tasks)
+    once, _ = score_base(benchmark, tmp_path / "once", *tasks)
+    assert steps["tasks"] == once["tasks"]
+
+
+def test_scoring_one_task_again_keeps_the_scores_of_the_others(benchmark, tmp_path):
+    whole, _ = score_base(benchmark, tmp_path, "--limit", "2")
+    again, _ = score_base(benchmark, tmp_path, "--limit", "2", "--tasks", "boolq")
+    assert again["tasks"] == whole["tasks"]
+
+
+def test_scoring_can_be_stopped_and_goes_on_where_it_stopped(world, whole, tmp_path, monkeypatch):
+    generate, asked = judge.generate, []
+
+    def watched(model, prompts, *rest):
+        asked.extend(map(tuple, prompts))
+        if len(asked) in (6, 11):
+            signal.raise_signal(signal.SIGTERM)
+        return generate(model, prompts, *rest)
+
+    monkeypatch.setattr(judge, "generate", watched)
+    command = (whole, "--data", world.tests, "--batch-size", 3, "--out")
+    for code in (143, 143, 0):
+        assert score(*command, tmp_path / "cut").code == code
+    questions = len(asked)
+    assert (
+        score(*command, tmp_path / "cut").code == 0 and len(asked) == questions == 16
+    )  # nothing twice, nothing lost
+    monkeypatch.setattr(judge, "generate", generate)
+    assert score(*command, tmp_path / "whole").code == 0
+    assert tree(tmp_path / "cut") == tree(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("cut", [1, 2, 30])
+def test_an_answer_cut_short_by_a_crash_is_asked_for_again(world, whole, tmp_path, cut):
+    """cut 1: all but the line break is there; the next answer must not be written behind it."""
+    command = (whole, "--data", world.tests, "--tasks", "boolq", "--out", tmp_path)
+    score(*command)
+    file = tmp_path / "boolq.jsonl"
+    before = {name: content for name, content in tree(tmp_path).items()}
+    file.write_bytes(file.read_bytes()[:-cut])
+    assert score(*command).code == 0 and tree(tmp_path) == before
+
+
+# --- what is not mixed ----------------------------------------------------------------------------
+
+
+def test_scores_of_another_prompt_or_precision_are_not_mixed(benchmark, tmp_path):
+    score_base(benchmark, tmp_path, "--limit", "2")
+    command = ("--ckpt", benchmark / "toy", "--data", benchmark / "tests", "--out", tmp_path)
+    for change in (("--prompt", "dora"), ("--dtype", "bf16")):
+        refused(score(*command, *change), 2, "holds scores of")
+
+
+def test_scores_of_another_adapter_or_of_changed_questions_are_not_gone_on_with(
+    world, whole, tmp_path
+):
+    copy = make_world(tmp_path / "world")
+    command = (whole, "--data", copy.tests, "--out", tmp_path / "scores")
+    assert score(*command).code == 0
+    questions = (copy.tests / "boolq.json").read_text()
+    (copy.tests / "boolq.json").write_text(questions.replace("cats", "bats"))
+    refused(score(*command), 2, "boolq")
+    (copy.tests / "boolq.json").write_text(questions)
+    refused(score(runs.checkpoints(whole)[1], *command[1:]), 2, "another adapter")
+    assert score(*command).code == 0
+
+
+# --- what a score does not depend on --------------------------------------------------------------
+
+
+def test_answers_do_not_depend_on_batch_size_or_the_order_of_the_questions(world, whole, tmp_path):
+    turned = tmp_path / "turned"
+    turned.mkdir()
+    questions = json.loads((world.tests / "boolq.json").read_text())
+    (turned / "boolq.json").write_text(json.dumps(questions[::-1]))
+    said = []
+    for i, (folder, size) in enumerate(
+        [(world.tests, 1), (world.tests, 4), (world.tests, 64), (turned, 3)]
+    ):
+        assert (
+            score(
+                whole,
+                "--data",
+                folder,
+                "--tasks",
+                "boolq",
+                "--batch-size",
+                size,
+                "--out",
+                tmp_path / str(i),
+            ).code
+            == 0
+        )
+        answers = judge.read_generations(tmp_path / str(i) / "boolq.jsonl")
+        said.append([answers[n] for n in sorted(answers)])
+    assert said[0] == said[1] == said[2] == said[3][::-1] and len(set(said[0])) > 1
