@@ -17,21 +17,22 @@ class SeriesAdapter(nn.Module):
     Both matrices start at N(0, 0.02²), so the start is near the base model, not equal to it.
     """
 
-    wraps = nn.Linear
+    base_type = nn.Linear
     targets = ("down_proj",)
-    elsewhere = False  # whether it may sit on other layers than `targets`
+    peft = {"peft_type": "BOTTLENECK", "use_parallel_adapter": False}
+    any_target = False  # whether it may sit on other layers than `targets`
     alpha = scale = None
 
     def __init__(
-        self, base: nn.Linear, size: int, alpha: float | None = None, dropout: float = 0.0
+        self, base: nn.Linear, rank: int, alpha: float | None = None, dropout: float = 0.0
     ):
         super().__init__()
-        self.base, self.size, self.dropout = base, size, nn.Dropout(dropout)
+        self.base, self.rank, self.dropout = base, rank, nn.Dropout(dropout)
         width = self.width_in(base)
         device = base.weight.device
-        self.adapter_down = nn.Parameter(torch.empty(size, width, device=device).normal_(0, 0.02))
+        self.adapter_down = nn.Parameter(torch.empty(rank, width, device=device).normal_(0, 0.02))
         self.adapter_up = nn.Parameter(
-            torch.empty(base.out_features, size, device=device).normal_(0, 0.02)
+            torch.empty(base.out_features, rank, device=device).normal_(0, 0.02)
         )
 
     @staticmethod
@@ -51,7 +52,8 @@ class ParallelAdapter(SeriesAdapter):
     """He et al. 2022, the bottleneck beside the linear layer:  y = W x + f(x)."""
 
     targets = ("up_proj", "down_proj")
-    elsewhere = True
+    peft = {"peft_type": "BOTTLENECK", "use_parallel_adapter": True}
+    any_target = True
 
     @staticmethod
     def width_in(base: nn.Linear) -> int:
@@ -68,24 +70,25 @@ class PrefixAttention(nn.Module):
     positions P, P + 1, ... (PEFT's convention). They start at N(0, 1), as PEFT's embedding does.
     """
 
-    wraps = Attention
+    base_type = Attention
     targets = ("self_attn",)
-    elsewhere = False
+    peft = {"peft_type": "PREFIX_TUNING"}
+    any_target = False
     alpha = scale = None
 
     def __init__(
-        self, base: Attention, size: int, alpha: float | None = None, dropout: float = 0.0
+        self, base: Attention, rank: int, alpha: float | None = None, dropout: float = 0.0
     ):
         super().__init__()
-        self.base, self.size, self.dropout = base, size, nn.Dropout(0.0)
-        shape = (base.n_kv_heads, size, base.head_dim)  # (G, P, D)
+        self.base, self.rank, self.dropout = base, rank, nn.Dropout(0.0)
+        shape = (base.n_kv_heads, rank, base.head_dim)  # (G, P, D)
         device = base.k_proj.weight.device
         self.prefix_k = nn.Parameter(torch.randn(shape, device=device))
         self.prefix_v = nn.Parameter(torch.randn(shape, device=device))
 
     @property
     def prefix_len(self) -> int:
-        return self.size
+        return self.rank
 
     def forward(
         self, x: Tensor, rows: Rows, cache: tuple[Tensor, Tensor] | None = None

@@ -1,23 +1,28 @@
 """RoRA: LoRA whose scale falls with the root of the rank, not with the rank.
 
-    python rora.py                                           # the embedded model: a minute on a laptop
-    python rora.py --ckpt llama-7b --rank 128 --scale sqrt   # the paper's setting, one GPU
+    python rora.py                                          # the embedded model, on a laptop
+    python rora.py --ckpt llama-7b --rank 128 --scale sqrt  # the paper's setting, one GPU
 
 This file is the paper: its layers, how they are put into a LLaMA, and the loop that trains them.
 It reads no flags and writes no run folder; plumbing/jobs.py does, and calls `train` below.
 
-    paper                                                code, in this order
-    --------------------------------------------------   ------------------------------------------
-    H(x) = (m0 + γ B A) x,  m0 frozen          (Eq. 1)   LoRALinear.forward, attach
-    B = 0 at the start                         (Eq. 3)   LoRALinear.__init__
-    LoRA:  γ = α / r                           (Eq. 14)  SCALES["linear"]
-    RoRA:  γ = α / √r                          (Eq. 15)  SCALES["sqrt"]          <- the whole method
-    DoRA:  m · (m0 + γ B A) / ‖m0 + γ B A‖     ([27])    DoRALinear
-    why √r                                     (Eq. 2-15) "Why √r"; measured in tests/test_scaling.py
-    the training recipe                        (Sec. IV) learning_rate, train_step, train
+    the paper                                          here, in this order
+    H(x) = (m0 + γ B A) x, m0 frozen       (Eq. 1)     LoRALinear.forward, attach
+    LoRA: γ = α / r                  (below Eq. 1)     SCALES["linear"]
+    RoRA: γ = α / √r                  (Sec. III-B)     SCALES["sqrt"]           <- the whole method
+    B = 0 at the start                     (Eq. 3)     LoRALinear.__init__
+    ‖w‖ falls like 1/r, or stays     (Eq. 14, 15)      "Why √r", measured in tests/test_scaling.py
+    DoRA: m · (m0 + γ B A) / ‖m0 + γ B A‖    ([27])    DoRALinear
+    the training recipe                  (Sec. IV)     learning_rate, train_step, train
 
-Letters as in llama.py, and I, O: a linear layer's input and output width; r: the rank; s: the scale,
-γ in the paper. (The paper's matrix B is always written lora_B here; a lone B is a number of rows.)
+    its letters                                        ours
+    m0; p_in and p_out, its widths                     W (O, I), the weight of layer.base
+    A, B, r, α                                         lora_A (r, I), lora_B (O, r), rank, alpha
+    γ, the scale                                       s, layer.scaling
+    m, DoRA's length of each row                       magnitude (O,)
+    w = γ B A x, what the adapter adds; δ = ∂L/∂w      in "Why √r" alone
+
+The other letters of shapes are in llama.py. There, B is a number of rows; here, it is the matrix.
 """
 
 import math
@@ -26,24 +31,20 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
 
 import fast
 from baselines import ParallelAdapter, PrefixAttention, SeriesAdapter
 from data import IGNORE, Batch, Record, collate, epoch_order
 from llama import Llama
-from plumbing.peft_files import (
-    AdapterSettings,
-    CheckpointError,
-    adapter_file,
-    read_adapter,
-    some,
-    write_adapter,
-)
+from plumbing import refuse
+from plumbing.peft_files import AdapterSettings, read_adapter, write_adapter
+from plumbing.refuse import NonFiniteError
 from plumbing.run_folder import replaced_files
 
 # --- the method -----------------------------------------------------------------------------------
@@ -55,46 +56,44 @@ SCALES: dict[str, Callable[[float, int], float]] = {
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer plus a trained update of rank r:  y = W x + s · lora_B (lora_A x).  (Eq. 1)"""
+    """A frozen layer and a trained update of rank r: y = W x + s · lora_B lora_A x. (Eq. 1)"""
 
-    wraps = nn.Linear
+    base_type = nn.Linear
     targets = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
-    elsewhere = True  # --targets may name other linear layers
+    any_target = True
     scale = "linear"
+    peft = {"peft_type": "LORA"}
     held = None  # what cast() answers while fast.held lasts
 
-    def __init__(self, base: nn.Linear, size: int, alpha: float, dropout: float = 0.0):
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0):
         super().__init__()
-        self.base, self.size, self.alpha, self.dropout = base, size, alpha, nn.Dropout(dropout)
+        self.base, self.rank, self.alpha, self.dropout = base, rank, alpha, nn.Dropout(dropout)
         # A random, B zero: the update starts at 0, so training starts from the base model exactly,
         # and B's gradient is not 0, so it can leave. With both zero nothing would ever move.
-        # fp32, whatever the base: an update of lr · 1 is smaller than bf16 can add to a weight of 1.
+        # fp32, whatever the base: bf16 cannot add lr = 1e-4 to a weight of 1.
         device = base.weight.device
-        self.lora_A = nn.Parameter(torch.empty(size, base.in_features, device=device))  # (r, I)
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, size, device=device))  # (O, r)
+        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=device))  # (r, I)
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))  # (O, r)
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # U(±1/√I): variance 1 / (3 I)
 
     @property
     def scaling(self) -> float:
-        """s, γ in the paper."""
-        return SCALES[self.scale](self.alpha, self.size)
+        """s, the paper's γ."""
+        return SCALES[self.scale](self.alpha, self.rank)
 
     def forward(self, x: Tensor) -> Tensor:  # (..., I) -> (..., O)
         """Down to r numbers, up to O, added to W x in one go: no (O, I) matrix is made or kept."""
         A, B = self.cast()
         y = self.base(x)
         low = F.linear(self.dropout(x), A)  # (..., r)
-        flat = torch.addmm(
-            y.view(-1, y.size(-1)), low.view(-1, low.size(-1)), B.t(), alpha=self.scaling
-        )
-        return flat.view_as(y)
+        flat, low = y.view(-1, y.size(-1)), low.view(-1, low.size(-1))
+        return torch.addmm(flat, low, B.t(), alpha=self.scaling).view_as(y)
 
     def cast(self) -> tuple[Tensor, Tensor]:
-        """A and B in the base's dtype, as the product takes them; gradients reach the fp32 originals."""
+        """A and B in the base's dtype, for the products; gradients reach the fp32 originals."""
         if self.held is not None:
             return self.held
-        dtype = self.base.weight.dtype
-        return self.lora_A.to(dtype), self.lora_B.to(dtype)
+        return self.lora_A.to(self.base.weight.dtype), self.lora_B.to(self.base.weight.dtype)
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
@@ -102,33 +101,45 @@ class LoRALinear(nn.Module):
         return self.base.weight.float() + self.scaling * self.lora_B @ self.lora_A
 
 
-# Why √r. At the start lora_B = 0, so the first gradient is  ∂L/∂lora_B = s · G lora_Aᵀ,  G = ∂L/∂W.
-# One step of plain gradient descent then lowers the loss by  η ‖∂L/∂lora_B‖² = η s² ‖G lora_Aᵀ‖².
-# Each of the r rows of lora_A adds a term of the same expected size, so ‖G lora_Aᵀ‖² grows like r:
-# with s = α/r the progress falls like 1/r, with s = α/√r it is the same at every rank. That is the
-# paper's argument, and it is about gradient descent. The recipe below trains with AdamW, whose first
-# step moves every entry of lora_B by lr whatever its gradient: the progress is then s · lr times a
-# sum over r rows, so α/r is the rank-free scale and α/√r grows like √r.
-
-
 class RoRALinear(LoRALinear):
-    """LoRA with s = α/√r.  (Eq. 15; also rsLoRA's formula, arXiv 2312.03732, PEFT's `use_rslora`)"""
+    """LoRA with s = α/√r. (Sec. III-B; also rsLoRA's formula, arXiv 2312.03732, PEFT use_rslora)"""
 
     scale = "sqrt"
 
 
+# Why √r.
+# 1. The paper's steps. B starts at 0, so in the first step A's gradient is 0 and only B moves
+#    (Eq. 3). For the next input x', what the adapter adds is then (Eq. 4)
+#        w = -η γ² δ · (xᵀAᵀA x').
+#    Each of A's r rows adds one term to xᵀAᵀA x', so the paper takes its size to be r and finds
+#    ‖w‖ ≈ c γ² r (Eq. 12). With γ = α/r that is c α²/r: the higher the rank, the less a step does
+#    (Eq. 14). With γ = α/√r it is c α² at every rank (Eq. 15).
+# 2. Where this slips, and what carries it. Eq. 9 lets A, x and x' be independent and finds
+#    Var[w] = η² δ² γ⁴ · r² p_in. Counted out, it is r p_in (r + p_in + 1): at ranks well below
+#    p_in the r terms have random signs, and their sum grows like √r. But real inputs are alike.
+#    What x and x' share adds up without a sign, E[xᵀAᵀA x'] = r ⟨x, x'⟩ for A of variance 1, and
+#    this part is what lowers the loss. Its size is r, so α/√r keeps it.
+# 3. What AdamW changes. All of this is gradient descent. The recipe below uses AdamW, whose first
+#    step moves every entry of B by lr, however small its gradient. Then w grows like lr γ r: now
+#    α/r keeps it, and under α/√r it grows like √r. RoRA at rank r is LoRA whose B learns √r times
+#    as fast. So it is worth having where one learning rate serves all ranks, as in the paper's
+#    Fig. 1. Where each rank gets a rate of its own, expect little.
+# lessons/derivation.md measures each of these steps, lessons/results/findings.md what came of it.
+
+
 class DoRALinear(LoRALinear):
-    """Direction from LoRA, length learned apart:  W' = m · V / ‖V‖,  V = W + s · lora_B lora_A, by row.
+    """Direction from LoRA, length apart: W' = m · V / ‖V‖ by row, with V = W + s · lora_B lora_A.
 
     The norm is a constant to the gradient (DoRA, arXiv 2402.09353, Sec. 4.3). Dropout acts on the
-    adapter branch alone, y = g · (W x + s · B A drop(x)) with g = m / ‖V‖; the original and PEFT also
-    drop inside W x, which is the same at dropout 0 and costs a second product with W otherwise.
+    adapter's branch alone, y = g · (W x + s · B A drop(x)) with g = m / ‖V‖. The original and PEFT
+    also drop inside W x: the same at dropout 0, and a second product with W otherwise.
     """
 
+    peft = {"peft_type": "LORA", "use_dora": True}
     held_norm = None  # what norm() answers while fast.held lasts
 
-    def __init__(self, base: nn.Linear, size: int, alpha: float, dropout: float = 0.0):
-        super().__init__(base, size, alpha, dropout)
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0):
+        super().__init__(base, rank, alpha, dropout)
         self.magnitude = nn.Parameter(self.norm())  # (O,): m = ‖W‖, so that W' = W at the start
 
     def forward(self, x: Tensor) -> Tensor:  # (..., I) -> (..., O)
@@ -136,7 +147,7 @@ class DoRALinear(LoRALinear):
 
     @torch.no_grad()
     def norm(self) -> Tensor:  # (O,), fp32
-        """‖V‖ as the formula says; a row of zeros gets a tiny norm, so that g is 0 and not NaN."""
+        """‖V‖ by row. A row of zeros gets a tiny norm, so that g is 0 and not NaN."""
         if self.held_norm is not None:
             return self.held_norm
         return super().merged_weight().norm(dim=1).clamp_min(fast.TINY)
@@ -146,21 +157,34 @@ class DoRALinear(LoRALinear):
         return (self.magnitude / self.norm())[:, None] * super().merged_weight()
 
 
+class Adapter(Protocol):
+    """What a method is to all other files: a module built as Adapter(base, rank, alpha, dropout)
+    whose own parameters are what is saved. With merged_weight() -> (O, I) it can be merged."""
+
+    base_type: type[nn.Module]  # what it can sit on
+    targets: tuple[str, ...]  # where it sits by default, and
+    any_target: bool  # whether --targets may put it elsewhere
+    scale: str | None  # a row of SCALES; None: it has no scale, and alpha means nothing
+    peft: dict[str, object]  # how PEFT's config names it; empty: it does not
+
+
 @dataclass(frozen=True)
 class Method:
-    layer: type[nn.Module]  # built as layer(base, size, alpha, dropout); has .wraps and .targets
-    size: int = 32  # rank, bottleneck width, or number of prefix tokens
-    dropout: float = 0.05
-    lr: float | None = None  # None: the checkpoint's
+    layer: type  # an Adapter
+    rank: int = 32  # the default, and
+    rank_is: str = "rank"  # what it counts
+    dropout: float | None = 0.05  # the default; None: it takes none
+    lr: float | None = None  # the default; None: the checkpoint has it
+    other_scales: tuple[str, ...] = ()  # what --scale may ask for beside layer.scale
 
 
 METHODS = {
     "lora": Method(LoRALinear),
     "rora": Method(RoRALinear),
-    "dora": Method(DoRALinear),
-    "series": Method(SeriesAdapter, size=256, dropout=0.0, lr=3e-4),
-    "parallel": Method(ParallelAdapter, size=256, dropout=0.0, lr=3e-4),
-    "prefix": Method(PrefixAttention, size=30, dropout=0.0, lr=3e-2),
+    "dora": Method(DoRALinear, other_scales=("sqrt",)),
+    "series": Method(SeriesAdapter, rank=256, rank_is="width", dropout=0.0, lr=3e-4),
+    "parallel": Method(ParallelAdapter, rank=256, rank_is="width", dropout=0.0, lr=3e-4),
+    "prefix": Method(PrefixAttention, rank=30, rank_is="tokens", dropout=None, lr=3e-2),
 }
 
 
@@ -175,57 +199,31 @@ def attach(
 ) -> None:
     """Freeze the model, then wrap its target layers: all that is trainable afterwards is new.
 
-    rank: of lora, rora, dora; width of series, parallel; tokens of prefix. scale, "linear" or
-    "sqrt": for dora alone, whose two scales share a name. Works on meta models. Raises ValueError
-    for an unknown method, a target that matches nothing, or a model that has adapters already.
+    rank: as the method counts it (Method.rank_is). scale: for a method that has other_scales.
+    Works on meta models. Raises ValueError for what refuse.bad_settings names, a target that no
+    layer is called, and a model that has adapters already.
     """
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
+    refuse.bad_settings(METHODS, SCALES, method, rank, alpha, targets, scale)
+    refuse.second_adapter(wrappers(model))
     layer = METHODS[method].layer
-    targets = (targets,) if isinstance(targets, str) else tuple(targets or layer.targets)
-    refuse_bad_settings(layer, method, rank, alpha, targets, scale)
-    if wrappers(model):
-        raise ValueError(
-            "this model has adapters already: merge(model) them, or load the base anew"
-        )
-    places, known = [], set()
+    names = layer.targets if targets is None else targets
+    where = list(places(model, layer.base_type))
+    refuse.missing_targets(method, names, {name for _, name, _ in where})
+    model.requires_grad_(False)
+    for parent, name, base in where:
+        if name in names:
+            wrapper = layer(base, rank, alpha, dropout).train(base.training)
+            wrapper.scale = scale or layer.scale
+            setattr(parent, name, wrapper)
+
+
+def places(model: Llama, base_type: type) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """(parent, name, module) of all that an adapter could sit on."""
     for block in model.layers:
         for parent in block.modules():
-            for name, child in parent.named_children():
-                if isinstance(child, layer.wraps):
-                    known.add(name)
-                    if name in targets:
-                        places.append((parent, name, child))
-    if missing := set(targets) - known:
-        raise ValueError(
-            f"no layer to put {method} on is called {some(missing)}; "
-            f"choose from {', '.join(sorted(known))}"
-        )
-    model.requires_grad_(False)
-    for parent, name, child in places:
-        wrapper = layer(child, rank, alpha, dropout).train(child.training)
-        if scale is not None:
-            wrapper.scale = scale
-        setattr(parent, name, wrapper)
-
-
-def refuse_bad_settings(
-    layer, method: str, rank: int, alpha, targets: tuple, scale: str | None
-) -> None:
-    """The rules that attach() and the command line share. Raises ValueError."""
-    if rank < 1:
-        raise ValueError(f"rank must be at least 1, got {rank}")
-    if scale is not None and scale not in SCALES:
-        raise ValueError(f"unknown scale {scale!r}; choose from {', '.join(SCALES)}")
-    if scale is not None and method != "dora" and scale != layer.scale:
-        named = ": lora is linear and rora is sqrt, by name" if method in ("lora", "rora") else ""
-        raise ValueError(f"method {method} does not take scale {scale}{named}")
-    if layer.scale and not (alpha and alpha > 0):
-        raise ValueError(f"alpha must be positive, got {alpha}")
-    if not layer.elsewhere and set(targets) != set(layer.targets):
-        raise ValueError(
-            f"{method} sits on {', '.join(layer.targets)} alone, not on {some(targets)}"
-        )
+            for name, module in parent.named_children():
+                if isinstance(module, base_type):
+                    yield parent, name, module
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -240,12 +238,9 @@ def wrappers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def merge(model: Llama) -> None:
-    """Fold every adapter into its layer, in memory: Δ added in fp32, rounded once to the base's dtype.
-
-    Raises ValueError for methods that are no change of a weight matrix: series, parallel and prefix.
-    """
-    settings = adapter_settings(model)
-    refuse_unmergeable(settings.method)
+    """Fold every adapter into its layer, in memory: added in fp32, rounded once to the base dtype.
+    Raises ValueError for a method that is no change of a weight matrix."""
+    refuse.unmergeable(METHODS, adapter_settings(model).method)
     for name, layer in wrappers(model).items():
         parent, _, child = name.rpartition(".")
         weight = layer.merged_weight().to(layer.base.weight.dtype)
@@ -253,18 +248,7 @@ def merge(model: Llama) -> None:
         setattr(model.get_submodule(parent), child, layer.base)
 
 
-def refuse_unmergeable(method: str) -> None:
-    if not hasattr(METHODS[method].layer, "merged_weight"):
-        raise ValueError(
-            f"{method} cannot be merged: what it adds is not a change of a weight matrix"
-        )
-
-
 # --- the loop -------------------------------------------------------------------------------------
-
-
-class NonFiniteError(ValueError):
-    """The loss, a gradient or a weight is NaN or infinite. Raised before it reaches a weight or file."""
 
 
 @dataclass(frozen=True)
@@ -293,32 +277,32 @@ class Step(NamedTuple):
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
-    """Linear up for `warmup` steps, linear down to 0; `step` counts from 0, so the first update has
+    """Linear up for `warmup` steps, linear down to 0. `step` counts from 0, so the first update has
     lr 0: transformers' get_linear_schedule_with_warmup, which LLM-Adapters' scripts use."""
     if step < warmup:
         return peak * step / warmup
     return peak * (steps - step) / max(1, steps - warmup)
 
 
-def new_optimizer(model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(
-        trainable(model).values(), lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=True
-    )
+def new_optimizer(model: nn.Module, lr: float) -> Optimizer:
+    params = trainable(model).values()
+    return AdamW(params, lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=True)
+
+
+def cross_entropy(head: nn.Linear, hidden: Tensor, targets: Tensor) -> Tensor:
+    """(n, C), (n,) -> (), summed, in fp32. fast.frozen_head_loss is the same for a frozen head."""
+    return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
 
 
 def loss_sum(model: Llama, batch: Batch, recomputed: int = 0) -> Tensor:
-    """Cross-entropy summed over the batch's targets, fp32. Logits are made only where there is one."""
-    device = model.lm_head.weight.device
-    hidden = model.hidden(
-        batch.ids.to(device), model.rows(batch.lengths), checkpoint_blocks=recomputed
-    )
-    learned = (batch.targets != IGNORE).nonzero().squeeze(1)
-    hidden, targets = hidden[learned.to(device)], batch.targets[learned].to(device)  # (n, C), (n,)
-    if model.lm_head.weight.requires_grad:
-        return F.cross_entropy(model.lm_head(hidden).float(), targets, reduction="sum")
-    return fast.frozen_head_loss(
-        model.lm_head, hidden, targets
-    )  # the same, a slice of logits at a time
+    """The loss of a batch, summed. Logits are made only where there is a target."""
+    head, device = model.lm_head, model.lm_head.weight.device
+    ids, rows = batch.ids.to(device), model.rows(batch.lengths)
+    hidden = model.hidden(ids, rows, checkpoint_blocks=recomputed)  # (N, C)
+    learned = (batch.targets != IGNORE).nonzero().squeeze(1)  # (n,)
+    hidden, targets = hidden[learned.to(device)], batch.targets[learned].to(device)
+    loss = cross_entropy if head.weight.requires_grad else fast.frozen_head_loss
+    return loss(head, hidden, targets)
 
 
 def targets_in(records: list[Record]) -> int:
@@ -328,7 +312,7 @@ def targets_in(records: list[Record]) -> int:
 def train_step(
     model: Llama,
     records: list[Record],
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     lr: float,
     micro_batch_size: int,
     recomputed: int = 0,
@@ -337,9 +321,9 @@ def train_step(
 ) -> tuple[float, float]:
     """One update on one batch; returns (mean loss per target, gradient norm before clipping).
 
-    Each micro-batch adds its loss divided by the whole batch's targets, so how the batch is cut does
-    not matter. Raises NonFiniteError before anything bad reaches a weight. `team`: the other
-    processes of a run on several GPUs (plumbing/processes.py), each with its share of the batch.
+    Each micro-batch adds its loss divided by the whole batch's targets, so how the batch is cut
+    does not matter. Raises NonFiniteError before anything bad reaches a weight. team: the other
+    processes of a run on several GPUs, each with its share of the batch; None on one GPU.
     """
     params = [p for group in optimizer.param_groups for p in group["params"]]
     total, count = torch.zeros((), device=params[0].device), targets_in(records)
@@ -369,11 +353,10 @@ def validation_loss(model: Llama, records: list[Record], micro_batch_size: int, 
     """Mean loss per target, without dropout and without drawing a random number."""
     mine = team.share(records) if team else records
     model.eval()
+    total = 0.0
     with fast.held(model):
-        total = sum(
-            loss_sum(model, collate(mine[i : i + micro_batch_size])).item()
-            for i in range(0, len(mine), micro_batch_size)
-        )
+        for i in range(0, len(mine), micro_batch_size):
+            total += loss_sum(model, collate(mine[i : i + micro_batch_size])).item()
     model.train()
     if team:
         total = team.total(total, model.lm_head.weight.device)
@@ -381,17 +364,12 @@ def validation_loss(model: Llama, records: list[Record], micro_batch_size: int, 
 
 
 def train(
-    model: Llama,
-    records: list[Record],
-    recipe: Recipe,
-    optimizer: torch.optim.Optimizer,
-    done: int = 0,
-    team=None,
+    model: Llama, records: list[Record], recipe: Recipe, optimizer: Optimizer, done=0, team=None
 ) -> Iterator[Step]:
     """Sec. IV's loop: update after update, each told to whoever iterates. It neither prints nor
     writes: logs, validation, the best adapter, checkpoints and Ctrl-C are the caller's.
 
-    The last batch of an epoch may be a partial one. `done`: steps already made, to go on from there.
+    The last batch of an epoch may be a partial one. done: steps made before, to go on from there.
     """
     per_epoch = math.ceil(len(records) / recipe.batch_size)
     model.train()
@@ -406,9 +384,8 @@ def train(
             model, batch, optimizer, lr, recipe.micro_batch_size, recipe.recomputed, team=team
         )
         optimizer.zero_grad()
-        yield Step(
-            step + 1, (step + 1) / per_epoch, batch, lr, loss, norm, time.perf_counter() - began
-        )
+        seconds = time.perf_counter() - began
+        yield Step(step + 1, (step + 1) / per_epoch, batch, lr, loss, norm, seconds)
 
 
 # --- adapters on disk -----------------------------------------------------------------------------
@@ -417,21 +394,12 @@ def train(
 def adapter_settings(model: nn.Module) -> AdapterSettings:
     """What is attached, read off the modules. Raises ValueError where nothing is."""
     layers = wrappers(model)
-    if not layers:
-        raise ValueError("the model has no adapter: attach(model, method, rank) first")
-    first = next(iter(layers.values()))
-    method = next(name for name, row in METHODS.items() if row.layer is type(first))
+    refuse.no_adapter(layers)
+    a = next(iter(layers.values()))
+    method = next(name for name, row in METHODS.items() if row.layer is type(a))
     targets = tuple(dict.fromkeys(name.rpartition(".")[2] for name in layers))
-    return AdapterSettings(
-        method,
-        first.size,
-        targets,
-        first.alpha,
-        first.scale,
-        first.dropout.p,
-        getattr(model, "source", None),
-        first.scaling if first.scale else None,
-    )
+    base, s = getattr(model, "source", None), a.scaling if a.scale else None
+    return AdapterSettings(method, a.rank, targets, a.alpha, a.scale, a.dropout.p, base, s)
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -443,16 +411,10 @@ def adapter_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def check_finite(tensors: dict[str, Tensor]) -> None:
-    for name, p in tensors.items():
-        if not torch.isfinite(p).all():
-            raise NonFiniteError(f"{name} holds NaN or infinity; nothing was saved")
-
-
 def save_adapter(model: nn.Module, folder: str | Path) -> None:
     """adapter_config.json and adapter_model.safetensors in PEFT's format, each replaced at once."""
     settings, tensors = adapter_settings(model), adapter_tensors(model)
-    check_finite(tensors)
+    refuse.not_finite(tensors)
     with replaced_files(Path(folder)) as temporary:
         write_adapter(temporary, settings, tensors)
 
@@ -466,34 +428,14 @@ def load_adapter(model: Llama, folder: str | Path) -> AdapterSettings:
     settings, tensors = read_adapter(folder)
     with torch.device("meta"):
         trial = Llama(model.cfg)
-    try:
-        attach_like(trial, settings)
-    except ValueError as e:
-        raise CheckpointError(f"{folder}: {e}") from None
-    refuse_misfit(adapter_file(Path(folder)), adapter_tensors(trial), tensors)
-    attach_like(model, settings)
+    with refuse.blaming(folder):
+        attach(trial, *settings.build)
+    refuse.misfits(folder, adapter_tensors(trial), tensors)
+    attach(model, *settings.build)
     with torch.no_grad():
         for name, p in adapter_tensors(model).items():
             p.copy_(tensors[name])
     return settings
-
-
-def attach_like(model: Llama, s: AdapterSettings) -> None:
-    attach(model, s.method, s.size, s.alpha, s.dropout, s.targets, s.scale)
-
-
-def refuse_misfit(path: Path, want: dict[str, Tensor], found: dict[str, Tensor]) -> None:
-    """Raise CheckpointError unless names and shapes agree."""
-    if missing := want.keys() - found.keys():
-        raise CheckpointError(f"{path}: missing {some(missing)}")
-    if extra := found.keys() - want.keys():
-        raise CheckpointError(f"{path}: no place in this model for {some(extra)}")
-    for name, p in want.items():
-        if p.shape != found[name].shape:
-            raise CheckpointError(
-                f"{path}: {name} is {tuple(found[name].shape)}, this base needs "
-                f"{tuple(p.shape)}: another base?"
-            )
 
 
 def main(argv: list[str] | None = None) -> int:

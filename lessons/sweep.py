@@ -240,7 +240,7 @@ def plan(args: argparse.Namespace, rows: list[dict]) -> list[dict]:
         recipe.lr,
     )
     if args.mode == "row":
-        row = {"rank": rora.METHODS["rora"].size, "lr": lr}
+        row = {"rank": rora.METHODS["rora"].rank, "lr": lr}
         return [
             planned(args, files, ["val"], "rora", seed=seed, **row | change)
             for change in ROW

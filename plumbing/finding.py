@@ -123,7 +123,7 @@ def refuse_strangers(folder: Path, ckpt: str) -> None:
         for name, ours in [
             ("method", settings.method),
             ("scale", settings.scale),
-            ("rank", settings.size),
+            ("rank", settings.rank),
             ("alpha", settings.alpha),
         ]:
             if ours != record["settings"][name]:

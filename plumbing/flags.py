@@ -222,8 +222,8 @@ def training_parser() -> Parser:
         "--rank",
         type=at_least(1, below=1_000_000),
         metavar="N",
-        help=f"rank (default {METHODS['rora'].size}); series, parallel: width ({METHODS['series'].size}); prefix: tokens "
-        f"({METHODS['prefix'].size})",
+        help=f"rank (default {METHODS['rora'].rank}); series, parallel: width ({METHODS['series'].rank}); prefix: tokens "
+        f"({METHODS['prefix'].rank})",
     )
     g.add_argument(
         "--alpha",
@@ -404,9 +404,9 @@ def resolve(args: argparse.Namespace) -> tuple[Settings, torch.device]:
         data=given("data", row.data),
         method=method,
         scale=(args.scale or named.layer.scale) if scaled else None,
-        rank=given("rank", named.size),
+        rank=given("rank", named.rank),
         alpha=given("alpha", row.alpha) if scaled else None,
-        dropout=given("dropout", named.dropout),
+        dropout=given("dropout", named.dropout or 0.0),
         targets=tuple(given("targets", named.layer.targets)),
         loss=given("loss", row.loss),
         prompt=given("prompt", "clean"),

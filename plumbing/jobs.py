@@ -33,7 +33,7 @@ from data import (
     split_validation,
 )
 from llama import Llama, open_llama, save_llama
-from plumbing import memory, processes
+from plumbing import memory, processes, refuse
 from plumbing import run_folder as runs
 from plumbing.finding import find_adapter, find_tokenizer, load_base, read_run, refuse_strangers
 from plumbing.flags import (
@@ -72,14 +72,14 @@ def start_line(model: Llama, method: str) -> str:
     a, added = adapter_settings(model), sum(p.numel() for p in trainable(model).values())
     total = sum(p.numel() for p in model.parameters())
     size = {
-        "series": f"bottleneck {a.size}",
-        "parallel": f"bottleneck {a.size}",
-        "prefix": f"{a.size} tokens a layer",
+        "series": f"bottleneck {a.rank}",
+        "parallel": f"bottleneck {a.rank}",
+        "prefix": f"{a.rank} tokens a layer",
     }.get(a.method)
     if size is None:
         root = "√" if a.scale == "sqrt" else ""
         size = (
-            f"s = {a.alpha:g}/{root}{a.size} = {a.scaling:.4g}"
+            f"s = {a.alpha:g}/{root}{a.rank} = {a.scaling:.4g}"
             if a.scale in ("linear", "sqrt")
             else f"s = {a.scaling:.4g} ({a.scale})"
         )
@@ -409,11 +409,11 @@ def merge_files(args: argparse.Namespace) -> int:
         settings, tensors = read_adapter(folder)
         if settings.scale is None:
             raise FlagError(f"{settings.method} has no scale to export")
-        s = SCALES[settings.scale](settings.alpha, settings.size)
+        s = SCALES[settings.scale](settings.alpha, settings.rank)
         with runs.new_folder(out) as temporary:
             write_adapter(temporary, replace(settings, scaling=s), tensors, plain_scale=True)
         print(
-            f"saved {out}: the adapter with lora_alpha {s * settings.size:g} and use_rslora false"
+            f"saved {out}: the adapter with lora_alpha {s * settings.rank:g} and use_rslora false"
         )
         return 0
     settings = read_adapter(folder)[0]
@@ -712,7 +712,7 @@ def save_state(
     generators: list[dict[str, Tensor]],
 ) -> None:
     """All that the rest of the run depends on: adapter, AdamW's moments, every process's random numbers, position."""
-    rora.check_finite(adapter_tensors(model))
+    refuse.not_finite(adapter_tensors(model))
     write_adapter(folder, adapter_settings(model), adapter_tensors(model))
     tensors = {
         f"{kind}_rng.{i}": state

@@ -20,13 +20,18 @@ class AdapterSettings:
     """All that is needed to rebuild an adapter on its base, as adapter_config.json holds it."""
 
     method: str  # a row of METHODS in rora.py
-    size: int  # rank, bottleneck width, or number of prefix tokens
+    rank: int  # of the update; the width of a bottleneck; the number of prefix tokens
     targets: tuple[str, ...]
     alpha: float | None = None
     scale: str | None = None  # a row of SCALES in rora.py
     dropout: float = 0.0
     base: str | None = None  # the base checkpoint's folder
     scaling: float | None = None  # what that rule gives; needed where PEFT has no name for the rule
+
+    @property
+    def build(self) -> tuple:
+        """What attach() takes after the model."""
+        return self.method, self.rank, self.alpha, self.dropout, self.targets, self.scale
 
 
 KNOWN = (
@@ -118,7 +123,7 @@ def write_adapter(
         if s.method in ("series", "parallel"):
             config = {
                 "peft_type": "BOTTLENECK",
-                "bottleneck_size": s.size,
+                "bottleneck_size": s.rank,
                 "adapter_dropout": s.dropout,
                 "bias": "none",
                 "non_linearity": "tanh",
@@ -130,8 +135,8 @@ def write_adapter(
             plain = plain_scale or s.scale not in ("linear", "sqrt")
             config = {
                 "peft_type": "LORA",
-                "r": s.size,
-                "lora_alpha": s.scaling * s.size if plain else s.alpha,
+                "r": s.rank,
+                "lora_alpha": s.scaling * s.rank if plain else s.alpha,
                 "lora_dropout": s.dropout,
                 "use_rslora": s.scale == "sqrt" and not plain,
                 "use_dora": any(name.endswith(".magnitude") for name in tensors),

@@ -223,7 +223,7 @@ def test_the_folder_holds_the_best_adapter_and_run_json_says_which_step(run):
     best = min((r["val_loss"], r["step"]) for r in rows(run) if "val_loss" in r)
     assert (record["best_loss"], record["best_step"]) == best and record["finished"]
     assert record["effective_scale"] == 32 and record["settings"]["scale"] == "sqrt"  # 64 / √4
-    assert rora.read_adapter(run)[0].size == 4
+    assert rora.read_adapter(run)[0].rank == 4
 
 
 def test_two_checkpoints_are_kept_each_complete(run):
