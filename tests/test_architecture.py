@@ -11,7 +11,15 @@ MAY_IMPORT = {  # first the six files of the paper, then the plumbing; rora.main
     "fast": set(),
     "llama": {"plumbing.hf_config", "plumbing.hf_files"},
     "baselines": {"llama"},
-    "rora": {"baselines", "data", "fast", "llama", "plumbing.peft_files", "plumbing.run_folder"},
+    "rora": {
+        "baselines",
+        "data",
+        "fast",
+        "llama",
+        "plumbing.peft_files",
+        "plumbing.refuse",
+        "plumbing.run_folder",
+    },
     "eval": {
         "data",
         "llama",
@@ -28,6 +36,7 @@ MAY_IMPORT = {  # first the six files of the paper, then the plumbing; rora.main
     "plumbing.run_folder": set(),
     "plumbing.hf_config": {"plumbing.hf_files"},
     "plumbing.hf_files": set(),
+    "plumbing.refuse": {"plumbing.hf_files", "plumbing.peft_files"},
     "plumbing.peft_files": {"plumbing.hf_files"},
     "plumbing.memory": {"data", "llama", "plumbing.processes"},
     "plumbing.flags": {
@@ -57,6 +66,7 @@ MAY_IMPORT = {  # first the six files of the paper, then the plumbing; rora.main
         "plumbing.memory",
         "plumbing.peft_files",
         "plumbing.processes",
+        "plumbing.refuse",
         "plumbing.run_folder",
     },
 }

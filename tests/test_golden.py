@@ -21,7 +21,7 @@ def test_logits_loss_and_gradients_are_those_of_the_committed_trace():
     attach(
         model,
         how["method"],
-        how["size"],
+        how["rank"],
         how["alpha"],
         targets=how["targets"],
         scale=how["scale"],
