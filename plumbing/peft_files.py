@@ -138,12 +138,15 @@ def write_adapter(
                 "r": s.rank,
                 "lora_alpha": s.scaling * s.rank if plain else s.alpha,
                 "lora_dropout": s.dropout,
-                "use_rslora": s.scale == "sqrt" and not plain,
-                "use_dora": any(name.endswith(".magnitude") for name in tensors),
                 "bias": "none",
                 "fan_in_fan_out": False,
                 "init_lora_weights": True,
             }
+            # Only where true: PEFT before 0.7 and 0.9 fails on a key that it does not know.
+            if s.scale == "sqrt" and not plain:
+                config["use_rslora"] = True
+            if any(name.endswith(".magnitude") for name in tensors):
+                config["use_dora"] = True
         config["target_modules"] = list(s.targets)
         named = {}
         for name, tensor in tensors.items():
