@@ -1,99 +1,82 @@
-"""The loop: schedule, micro-batches, one step by hand, and what must not change the result."""
+"""The loop: schedule, loss, one step by hand, what must not change the result, and a whole run."""
 
+import copy
 import json
 import math
 
 import pytest
-from plumbing import jobs
-import fast
-import llama
-from plumbing import run_folder as runs
 import torch
 import torch.nn.functional as F
 from conftest import shake, write_checkpoint, write_records
 
+import fast
 import rora
 from data import IGNORE, Record, collate
+from plumbing import run_folder as runs
 from rora import (
+    Recipe,
     attach,
     learning_rate,
     loss_sum,
     new_optimizer,
+    train,
     train_step,
     trainable,
     validation_loss,
 )
 
-RECORDS = [
-    Record(
-        torch.randint(3, 64, (n,), generator=torch.Generator().manual_seed(n)).tolist(), split, i
-    )
-    for i, (n, split) in enumerate([(9, 1), (5, 1), (12, 6), (7, 1), (4, 2)])
-]
+
+def record(n: int, split: int, number: int) -> Record:
+    """n random tokens, of which those from `split` on are learned."""
+    generator = torch.Generator().manual_seed(n)
+    return Record(torch.randint(3, 64, (n,), generator=generator).tolist(), split, number)
 
 
-def test_the_schedule_rises_from_zero_to_its_peak_and_falls_towards_zero():
+RECORDS = [record(9, 1, 0), record(5, 1, 1), record(12, 6, 2), record(7, 1, 3), record(4, 2, 4)]
+
+
+# --- schedule and loss ----------------------------------------------------------------------------
+
+
+def test_the_learning_rate_rises_from_zero_to_its_peak_and_falls_towards_zero():
     lr = [learning_rate(step, steps=1000, peak=2e-4, warmup=100) for step in range(1000)]
-    assert lr[0] == 0 and lr[50] == pytest.approx(1e-4) and lr[100] == pytest.approx(2e-4)
-    assert lr[550] == pytest.approx(1e-4) and lr[999] == pytest.approx(2e-4 / 900)
+    assert (lr[0], lr[50], lr[100]) == (0, pytest.approx(1e-4), pytest.approx(2e-4))
+    assert (lr[550], lr[999]) == (pytest.approx(1e-4), pytest.approx(2e-4 / 900))
 
 
-def test_the_loss_is_cross_entropy_over_the_targets_of_the_padded_batch(tiny):
-    batch = collate(RECORDS)
-    start, total = 0, 0.0
-    for r, n in zip(RECORDS, batch.lengths):
-        logits = tiny(torch.tensor([r.ids[:-1]]))[0]
-        total += F.cross_entropy(
-            logits[r.split - 1 :], torch.tensor(r.ids[r.split :]), reduction="sum"
-        )
-        start += n
-    assert (
-        torch.allclose(loss_sum(tiny, batch), total, rtol=1e-5)
-        and (batch.targets == IGNORE).sum() == 5 + 1
-    )
+def test_the_loss_is_cross_entropy_over_the_targets_of_each_row_alone(tiny):
+    total = 0.0
+    for r in RECORDS:
+        logits = tiny(torch.tensor([r.ids[:-1]]))[0]  # (T, V)
+        learned = torch.tensor(r.ids[r.split :])
+        total += F.cross_entropy(logits[r.split - 1 :], learned, reduction="sum")
+    assert torch.allclose(loss_sum(tiny, collate(RECORDS)), total, rtol=1e-5)
 
 
-def test_a_frozen_heads_sliced_loss_is_the_plain_loss(tiny, monkeypatch):
+def test_what_the_loss_skips_is_the_prompt_alone(tiny):
+    targets = collate(RECORDS).targets
+    assert (targets == IGNORE).sum() == sum(r.split - 1 for r in RECORDS)
+
+
+def test_a_frozen_heads_loss_in_slices_is_the_plain_loss(tiny, monkeypatch):
     attach(tiny, "rora", 4, 8)
     shake(tiny)
     monkeypatch.setattr(fast, "logit_bytes", lambda device: 4 * 64 * 3)  # three tokens at once
 
-    def measure(plain):
-        tiny.lm_head.weight.requires_grad_(plain)
+    def loss_and_gradients(head_trains):
+        tiny.lm_head.weight.requires_grad_(head_trains)  # then the plain loss is used
         tiny.zero_grad()
         loss = loss_sum(tiny, collate(RECORDS))
         (loss / 7).backward()
-        return [loss.detach()] + [
-            p.grad.clone() for p in trainable(tiny).values() if p is not tiny.lm_head.weight
-        ]
+        others = [p for p in trainable(tiny).values() if p is not tiny.lm_head.weight]
+        return [loss.detach()] + [p.grad.clone() for p in others]
 
-    for a, b in zip(measure(plain=True), measure(plain=False)):
-        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("method", rora.METHODS)
-def test_the_result_does_not_depend_on_the_micro_batch_size(tiny, method):
-    def steps(micro):
-        torch.manual_seed(0)
-        model = rora.Llama(tiny.cfg)
-        model.load_state_dict(tiny.state_dict())
-        torch.manual_seed(1)
-        attach(model, method, 4, 8)
-        optimizer = new_optimizer(model, 1e-2)
-        out = []
-        for _ in range(3):
-            out.append(train_step(model, RECORDS, optimizer, 1e-2, micro))
-            optimizer.zero_grad()
-        return out
-
-    whole = steps(5)
-    for micro in (1, 2, 3):
-        for (loss, norm), (loss1, norm1) in zip(whole, steps(micro)):
-            assert loss1 == pytest.approx(loss, rel=1e-5) and norm1 == pytest.approx(norm, rel=1e-4)
+    for plain, sliced in zip(loss_and_gradients(True), loss_and_gradients(False), strict=True):
+        assert torch.allclose(plain, sliced, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
-def test_holding_casts_and_norms_for_a_step_changes_nothing(tiny, method):
+def test_holding_casts_and_norms_for_a_step_changes_no_gradient(tiny, method):
     attach(tiny, method, 4, 8)
     shake(tiny)
     loss_sum(tiny, collate(RECORDS)).backward()
@@ -101,52 +84,80 @@ def test_holding_casts_and_norms_for_a_step_changes_nothing(tiny, method):
     tiny.zero_grad()
     with fast.held(tiny):
         loss_sum(tiny, collate(RECORDS), recomputed=1).backward()
-    for a, p in zip(plain, trainable(tiny).values()):
-        assert torch.allclose(a, p.grad, rtol=1e-4, atol=1e-6)
+    for gradient, p in zip(plain, trainable(tiny).values()):
+        assert torch.allclose(gradient, p.grad, rtol=1e-4, atol=1e-6)
+
+
+# --- one step -------------------------------------------------------------------------------------
 
 
 def test_one_step_is_adamw_on_the_clipped_gradient_of_the_mean_loss(tiny):
     attach(tiny, "rora", 4, 8)
-    params = trainable(tiny)
-    before = {n: p.detach().clone() for n, p in params.items()}
-    batch = collate(RECORDS)
-    gradient = dict(
-        zip(params, torch.autograd.grad(loss_sum(tiny, batch) / batch.learned, params.values()))
-    )
+    params, batch = trainable(tiny), collate(RECORDS)
+    before = {name: p.detach().clone() for name, p in params.items()}
+    mean = loss_sum(tiny, batch) / batch.learned
+    gradient = dict(zip(params, torch.autograd.grad(mean, params.values())))
     norm = math.sqrt(sum(g.square().sum().item() for g in gradient.values()))
-    loss, reported = train_step(
+    _, told = train_step(
         tiny, RECORDS, new_optimizer(tiny, 1.0), lr=1e-2, micro_batch_size=5, clip=norm / 2
     )
-    assert reported == pytest.approx(norm, rel=1e-5)
-    for (
-        name,
-        p,
-    ) in (
-        params.items()
-    ):  # AdamW's first step: m = 0.1 g, v = 0.001 g², both bias-corrected to g and g²
+    assert told == pytest.approx(norm, rel=1e-5)
+    # AdamW's first step: m = 0.1 g and v = 0.001 g², which the bias correction makes g and g².
+    for name, p in params.items():
         g = gradient[name] / 2
         assert torch.allclose(p, before[name] - 1e-2 * g / (g.abs() + 1e-8), atol=1e-4), name
 
 
 def test_a_loss_that_is_not_finite_never_reaches_a_weight(tiny):
     attach(tiny, "rora", 4, 8)
-    before = {n: p.detach().clone() for n, p in trainable(tiny).items()}
+    before = {name: p.detach().clone() for name, p in trainable(tiny).items()}
     tiny.lm_head.weight.data[0, 0] = float("inf")
     with pytest.raises(rora.NonFiniteError):
         train_step(tiny, RECORDS, new_optimizer(tiny, 1e-2), 1e-2, 5)
-    assert all(torch.equal(p, before[n]) for n, p in trainable(tiny).items())
+    assert all(torch.equal(p, before[name]) for name, p in trainable(tiny).items())
 
 
 def test_validation_draws_no_random_numbers_drops_nothing_out_and_leaves_the_model_training(tiny):
     attach(tiny.train(), "rora", 4, 8, dropout=0.5)
     shake(tiny)
     state = torch.get_rng_state()
-    one, two = validation_loss(tiny, RECORDS, 2), validation_loss(tiny, RECORDS, 5)
-    assert (
-        one == pytest.approx(two, rel=1e-5)
-        and torch.equal(torch.get_rng_state(), state)
-        and tiny.training
-    )
+    in_twos = validation_loss(tiny, RECORDS, 2)
+    assert validation_loss(tiny, RECORDS, 5) == pytest.approx(in_twos, rel=1e-5)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert tiny.training
+
+
+# --- the loop -------------------------------------------------------------------------------------
+
+
+def told_by_train(tiny, done: int = 0):
+    """Each step of two epochs of five records in batches of two."""
+    torch.manual_seed(1)
+    attach(tiny, "rora", 4, 8)
+    recipe = Recipe(steps=6, batch_size=2, micro_batch_size=2, lr=1e-2, warmup=2, seed=3)
+    return list(train(tiny, RECORDS, recipe, new_optimizer(tiny, 1e-2), done))
+
+
+def test_the_loop_tells_every_step_and_prints_nothing(tiny, capfd):
+    steps = told_by_train(tiny)
+    assert [step.number for step in steps] == [1, 2, 3, 4, 5, 6]
+    assert [step.lr for step in steps] == [learning_rate(i, 6, 1e-2, 2) for i in range(6)]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_each_epoch_takes_every_record_once_and_ends_in_a_partial_batch(tiny):
+    steps = told_by_train(tiny)
+    assert [len(step.batch) for step in steps] == [2, 2, 1, 2, 2, 1]
+    for epoch in (steps[:3], steps[3:]):
+        assert sorted(r.number for step in epoch for r in step.batch) == [0, 1, 2, 3, 4]
+    assert [step.epoch for step in steps][2::3] == [1, 2]
+
+
+def test_the_loop_goes_on_in_the_middle_of_an_epoch(tiny):
+    """With the batches and learning rates that the whole loop has there."""
+    steps, rest = told_by_train(copy.deepcopy(tiny)), told_by_train(tiny, done=4)
+    assert [step.number for step in rest] == [5, 6]
+    assert [(s.batch, s.lr) for s in rest] == [(s.batch, s.lr) for s in steps[4:]]
 
 
 # --- a whole run ----------------------------------------------------------------------------------
@@ -158,154 +169,68 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     write_checkpoint(folder / "toy")
     write_records(folder / "train.json", 60)
-    code = rora.main(
-        [
-            "--ckpt",
-            str(folder / "toy"),
-            "--data",
-            str(folder / "train.json"),
-            "--rank",
-            "4",
-            "--lr",
-            "1e-2",
-            "--warmup",
-            "2",
-            "--batch-size",
-            "8",
-            "--micro-batch-size",
-            "3",
-            "--max-steps",
-            "10",
-            "--val-size",
-            "10",
-            "--eval-every",
-            "4",
-            "--save-every",
-            "3",
-            "--out",
-            str(folder / "out"),
-        ]
+    flags = (
+        "--rank 4 --lr 1e-2 --warmup 2 --max-steps 10 --batch-size 8 --micro-batch-size 3 "
+        "--val-size 10 --eval-every 4 --save-every 3"
     )
-    assert code == 0
+    files = {"--ckpt": "toy", "--data": "train.json", "--out": "out"}
+    words = [word for flag, name in files.items() for word in (flag, str(folder / name))]
+    assert rora.main([*words, *flags.split()]) == 0
     return folder / "out"
 
 
-def rows(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+def rows(run, kind: str = "loss") -> list[dict]:
+    """The lines of metrics.jsonl that hold this."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if kind in line]
 
 
 def test_a_run_learns(run):
-    losses = [r["loss"] for r in rows(run) if "loss" in r]
+    losses = [row["loss"] for row in rows(run)]
     assert losses[-1] < losses[0] - 0.1
 
 
 def test_every_step_leaves_one_line_and_every_validation_one_more(run):
-    steps = [r for r in rows(run) if "loss" in r]
-    assert [r["step"] for r in steps] == list(range(1, 11))
-    assert all(
-        r.keys()
-        == {"step", "epoch", "loss", "lr", "grad_norm", "tokens", "tok_per_s", "mem_gb", "seconds"}
-        for r in steps
-    )
-    assert [r["lr"] for r in steps] == [learning_rate(i, 10, 1e-2, 2) for i in range(10)]
-    assert [r["step"] for r in rows(run) if "val_loss" in r] == [4, 8, 10]
+    assert [row["step"] for row in rows(run)] == list(range(1, 11))
+    assert [row["step"] for row in rows(run, "val_loss")] == [4, 8, 10]
+    keys = "step epoch loss lr grad_norm tokens tok_per_s mem_gb seconds".split()
+    assert all(row.keys() == set(keys) for row in rows(run))
+    assert [row["lr"] for row in rows(run)] == [learning_rate(i, 10, 1e-2, 2) for i in range(10)]
 
 
-def test_the_last_partial_batch_of_an_epoch_is_kept(run):
-    epochs = [r["epoch"] for r in rows(run) if "loss" in r]
-    assert epochs[6] == 1  # 50 records in batches of 8: seven steps, the last of two records
-    tokens = [r["tokens"] for r in rows(run) if "loss" in r]
-    assert tokens[6] < tokens[5] / 2
+def test_a_runs_last_partial_batch_of_an_epoch_is_kept(run):
+    """50 records in batches of 8: seven steps an epoch, the last of two records."""
+    assert rows(run)[6]["epoch"] == 1
+    assert rows(run)[6]["tokens"] < rows(run)[5]["tokens"] / 2
 
 
 def test_the_folder_holds_the_best_adapter_and_run_json_says_which_step(run):
-    record = json.loads((run / "run.json").read_text())
-    best = min((r["val_loss"], r["step"]) for r in rows(run) if "val_loss" in r)
-    assert (record["best_loss"], record["best_step"]) == best and record["finished"]
-    assert record["effective_scale"] == 32 and record["settings"]["scale"] == "sqrt"  # 64 / √4
+    about = json.loads((run / "run.json").read_text())
+    best = min((row["val_loss"], row["step"]) for row in rows(run, "val_loss"))
+    assert (about["best_loss"], about["best_step"]) == best
+    assert about["finished"]
     assert rora.read_adapter(run)[0].rank == 4
+
+
+def test_run_json_says_the_scale_that_was_used(run):
+    about = json.loads((run / "run.json").read_text())
+    assert about["settings"]["scale"] == "sqrt"
+    assert about["effective_scale"] == 64 / 4**0.5
 
 
 def test_two_checkpoints_are_kept_each_complete(run):
     folders = runs.checkpoints(run)
-    assert [f.name for f in folders] == ["step-000010", "step-000009"]
-    assert all(runs.damage(f) is None for f in folders)
-
-
-@pytest.mark.parametrize("method", rora.METHODS)
-def test_every_method_trains_is_saved_and_scored(tmp_path, method, capsys):
-    import eval as judge
-
-    write_checkpoint(tmp_path / "toy")
-    data = write_records(tmp_path / "train.json", 24)
-    tests = write_records(tmp_path / "tests/boolq.json", 9)
-    out = str(tmp_path / "out")
-    assert (
-        rora.main(
-            [
-                "--ckpt",
-                str(tmp_path / "toy"),
-                "--data",
-                str(data),
-                "--method",
-                method,
-                "--rank",
-                "3",
-                "--max-steps",
-                "3",
-                "--warmup",
-                "1",
-                "--batch-size",
-                "4",
-                "--val-size",
-                "4",
-                "--out",
-                out,
-            ]
-        )
-        == 0
-    )
-    assert judge.main([out, "--data", str(tests.parent)]) == 0
-    results = json.loads((tmp_path / "out/eval/results.json").read_text())
-    assert results["tasks"]["boolq"]["n"] == 9 and results["mean"] is None
-    assert results["merged"] == (method in ("lora", "rora", "dora"))
-    assert f"{method}: " in capsys.readouterr().out
+    assert [folder.name for folder in folders] == ["step-000010", "step-000009"]
+    assert all(runs.damage(folder) is None for folder in folders)
 
 
 def test_the_same_command_gives_the_same_run(tmp_path):
     write_checkpoint(tmp_path / "toy")
-    data = write_records(tmp_path / "train.json", 24)
-    for name in ("a", "b"):
-        assert (
-            rora.main(
-                [
-                    "--ckpt",
-                    str(tmp_path / "toy"),
-                    "--data",
-                    str(data),
-                    "--rank",
-                    "3",
-                    "--max-steps",
-                    "3",
-                    "--val-size",
-                    "4",
-                    "--batch-size",
-                    "4",
-                    "--out",
-                    str(tmp_path / name),
-                ]
-            )
-            == 0
-        )
-    read = lambda name: (tmp_path / name / "adapter_model.safetensors").read_bytes()
-    assert read("a") == read("b")
-
-
-def test_the_start_up_line_says_scale_share_and_what_peft_calls_it():
-    with torch.device("meta"):
-        model = rora.Llama(llama.LlamaConfig())
-    attach(model, "rora", 128)
-    assert (
-        jobs.start_line(model, "rora")
-        == "rora: s = 64/√128 = 5.657 · 224,395,264 of 6,962,810,880 trainable (3.22%) · PEFT: use_rslora=true"
-    )
+    write_records(tmp_path / "train.json", 24)
+    files = ["--ckpt", str(tmp_path / "toy"), "--data", str(tmp_path / "train.json")]
+    flags = "--rank 3 --max-steps 3 --val-size 4 --batch-size 4".split()
+    adapters = []
+    for name in ("one", "two"):
+        assert rora.main([*files, *flags, "--out", str(tmp_path / name)]) == 0
+        adapters.append((tmp_path / name / "adapter_model.safetensors").read_bytes())
+    assert adapters[0] == adapters[1]
