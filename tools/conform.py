@@ -66,7 +66,7 @@ def differences(want: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str,
 def scaled(s: Callable[[float, int], float]):
     def change(model: Llama) -> None:
         for layer in wrappers(model).values():
-            layer.alpha *= s(layer.alpha, layer.size) / layer.scaling
+            layer.alpha *= s(layer.alpha, layer.rank) / layer.scaling
 
     return change
 
