@@ -1,13 +1,15 @@
-"""Text to token ids and back: tokenizers, the prompt, the eight commonsense tasks, training batches.
+"""Text to token ids and back: tokenizers, the prompt, the eight commonsense tasks, training
+batches.
 
 This file knows text and ids. It knows nothing of models and devices.
 
 A record is what commonsense_170k.json of AGI-Edgerunners/LLM-Adapters holds:
-    {"instruction": "Please answer ... true/false", "input": "", "output": "the correct answer is true", "answer": "true"}
+    {"instruction": "Please answer ... true/false", "input": "", "output": "the correct answer is
+    true", "answer": "true"}
 """
 
-import base64
 import functools
+import heapq
 import json
 import random
 import re
@@ -22,10 +24,13 @@ import sentencepiece
 import torch
 from torch import Tensor
 
+from plumbing.hf_files import CheckpointError
+from plumbing.tokenizer_files import BPE, find_tokenizer_file, read_ranks, read_tokenizer_json
+
 IGNORE = -100  # a target that the loss skips; the value that F.cross_entropy skips by itself
 
-# What counts as an answer, per task, as LLM-Adapters' scorer has it: answer4 and answer5 are legal even where three were
-# offered. In the order of the paper's tables. To add a task, add a line.
+# What counts as an answer, per task, as LLM-Adapters' scorer has it: answer4 and answer5 are legal
+# even where three were offered. In the order of the paper's tables. To add a task, add a line.
 TASKS = {
     "boolq": r"true|false",
     "piqa": r"solution[12]",
@@ -42,39 +47,44 @@ class DataError(ValueError):
     """Records or a tokenizer that cannot be used; the message says where, what, and what to do."""
 
 
-# --- tokenizers ------------------------------------------------------------------------------------
+# --- tokenizers -----------------------------------------------------------------------------------
 
 
 class SentencePieceTokenizer:
-    """LLaMA-1 and -2. The begin and end markers are explicit at each call; "<s>" in a text is just three letters."""
+    """LLaMA-1 and -2. Begin and end are explicit at each call; "<s>" in a text is three letters."""
 
     def __init__(self, model: bytes):
         self.sp = sentencepiece.SentencePieceProcessor(model_proto=model)
-        self.bos, self.eos, self.vocab_size = (
-            self.sp.bos_id(),
-            self.sp.eos_id(),
-            self.sp.vocab_size(),
-        )
+        self.bos, self.eos = self.sp.bos_id(), self.sp.eos_id()
+        self.vocab_size = self.sp.vocab_size()
 
     def encode(self, text: str, *, bos: bool, eos: bool) -> list[int]:
         return [self.bos] * bos + self.sp.encode(text) + [self.eos] * eos
 
-    def decode(self, ids: list[int]) -> str:
-        return self.sp.decode(
-            [i for i in ids if i < self.vocab_size]
-        )  # a padded vocabulary has ids without a text
+    def decode(self, ids: list[int]) -> str:  # a padded vocabulary has ids without a text
+        return self.sp.decode([i for i in ids if i < self.vocab_size])
 
 
-N_SPECIAL = 256  # ids above the ranks: <|begin_of_text|>, <|end_of_text|>, <|reserved_special_token_0|>, ...
-NO_MERGE = sys.maxsize  # the rank of two neighbours that do not make a token
+# How a text is cut into pieces before any merging, as the models' own files write it, but for the
+# brackets: \p{L} a letter, \p{N} a number, \s a blank. The last blank before a word is the word's.
+SPLITS = {
+    "gpt-2": r"'s|'t|'re|'ve|'m|'ll|'d| ?[\p{L}]+| ?[\p{N}]+| ?[^\s\p{L}\p{N}]+"
+    r"|[\s]+(?![^\s])|[\s]+",
+    # Numbers are cut out first, digit by digit, and GPT-2's rule sees what lies between them.
+    "smollm2": r"'s|'t|'re|'ve|'m|'ll|'d| ?[\p{L}]+|[\p{N}]| ?[^\s\p{L}\p{N}]+"
+    r"|[\s]+(?![^\s\p{N}])|[\s]+",
+    "llama-3": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}]+|[\p{N}]{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|[\s]*[\r\n]+|[\s]+(?![^\s])|[\s]+",
+}
 
 
 @functools.cache
-def split_pattern() -> re.Pattern:
-    r"""Llama-3's rule that cuts text into pieces before any merging, in the standard library's dialect.
+def split_pattern(rule: str) -> re.Pattern:
+    r"""A rule of SPLITS in the standard library's dialect.
 
-    `re` has no \p{L} and \p{N} ([^\W\d_] is not \p{L}: it takes ² and Ⅷ), so both are listed from unicodedata; a
-    character younger than this Python's Unicode tables counts as neither. Python's \s takes U+001C-1F too: not used.
+    `re` has no \p{L} and \p{N} ([^\W\d_] is not \p{L}: it takes ² and Ⅷ), so both are listed from
+    unicodedata; a character younger than this Python's Unicode tables counts as neither. Python's
+    \s takes U+001C-1F too, so that Unicode's White_Space is written out.
     """
     runs: dict[str, list[list[int]]] = {"L": [], "N": []}  # [first, last] of each unbroken stretch
     for code in range(sys.maxunicode + 1):
@@ -83,112 +93,115 @@ def split_pattern() -> re.Pattern:
             stretches[-1][1] = code
         elif stretches is not None:
             stretches.append([code, code])
-    L, N = (
-        "".join(rf"\U{first:08x}-\U{last:08x}" for first, last in stretches)
-        for stretches in runs.values()
-    )
-    S = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # Unicode's White_Space
-    return re.compile(
-        "|".join(
-            [
-                "'(?:[sSſ]|[tTmMdD]|[rR][eE]|[vV][eE]|[lL][lL])",  # (?i:'s|'t|...) by Unicode's folding, where ſ is an s
-                rf"[^\r\n{L}{N}]?[{L}]+",
-                rf"[{N}]{{1,3}}",
-                rf" ?[^{S}{L}{N}]+[\r\n]*",
-                rf"[{S}]*[\r\n]+",
-                rf"[{S}]+(?![^{S}])",  # blanks, but for the last one before a word: that one belongs to the word
-                rf"[{S}]+",
-            ]
-        )
-    )
+    pattern = SPLITS[rule]
+    for kind, stretches in runs.items():
+        listed = "".join(rf"\U{first:08x}-\U{last:08x}" for first, last in stretches)
+        pattern = pattern.replace(rf"\p{{{kind}}}", listed)
+    blanks = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+    return re.compile(pattern.replace(r"\s", blanks))
 
 
-class Llama3Tokenizer:
-    """Byte-level BPE from Meta's tokenizer.model, lines of `base64-token rank`, in the standard library.
+class BPETokenizer:
+    """Byte-level BPE, the tokenizer of GPT-2, SmolLM2 and Llama-3, in the standard library.
 
-    The special tokens are ids only: `<|end_of_text|>` written in a text is text, and special ids decode to nothing."""
+    Special tokens are ids alone: "<|end_of_text|>" written in a text is text, whatever other
+    libraries make of it, and special ids decode to nothing.
+    """
 
-    def __init__(self, model: bytes):
-        self.ranks: dict[bytes, int] = {}
-        for rank, line in enumerate(model.splitlines()):
-            try:
-                word, number = line.split()
-                token, written = base64.b64decode(word, validate=True), int(number)
-            except ValueError:  # too few or too many words, not base64, not a number
-                raise ValueError(
-                    f"line {rank + 1}: expected `base64-token rank`, found {line[:40]!r}"
-                ) from None
-            if written != rank or not token or token in self.ranks:
-                raise ValueError(
-                    f"line {rank + 1}: expected a new token of rank {rank}, "
-                    f"found {token!r}, rank {written}"
-                )
-            self.ranks[token] = rank
-        if missing := [byte for byte in range(256) if bytes([byte]) not in self.ranks]:
-            raise ValueError(
-                f"no line for the single byte 0x{missing[0]:02x} ({len(missing)} bytes are missing "
-                f"from {len(self.ranks)} lines)"
-            )
-        self.tokens = list(self.ranks)  # id -> bytes: lines come in the order of their ranks
-        self.bos, self.eos = len(self.tokens), len(self.tokens) + 1
-        self.vocab_size = len(self.tokens) + N_SPECIAL
-        # Words repeat: this answers 98% of a corpus's pieces. Bounded, for the corpus that is full of numbers and URLs.
+    def __init__(self, bpe: BPE):
+        self.bos, self.eos, self.vocab_size = bpe.bos, bpe.eos, bpe.vocab_size
+        self.tokens, self.merges, self.whole_first = bpe.tokens, bpe.merges, bpe.whole_first
+        self.pieces = split_pattern(bpe.split).findall  # every character lies in some piece
+        self.added = bpe.added
+        longest_first = sorted(map(re.escape, bpe.added), key=len, reverse=True)
+        self.find_added = re.compile(f"({'|'.join(longest_first)})").split if bpe.added else None
+        self.bytes_of = {i: token for token, i in bpe.tokens.items()}
+        self.bytes_of |= {i: content.encode() for content, i in bpe.added.items()}
+        # Words repeat: this answers 98% of a corpus's pieces. Bounded, for a corpus full of URLs.
         self._ids_of = functools.lru_cache(maxsize=2**17)(self._encode_piece)
 
     def encode(self, text: str, *, bos: bool, eos: bool) -> list[int]:
         """Raises UnicodeEncodeError, a ValueError, for a lone surrogate: no bytes stand for it."""
         text.encode()
         ids = [self.bos] * bos
-        for piece in split_pattern().findall(text):  # every character lies in some piece
-            ids += self._ids_of(piece)
+        for i, part in enumerate(self.find_added(text) if self.find_added else [text]):
+            if i % 2:  # re.split puts what it found between what it did not
+                ids.append(self.added[part])
+                continue
+            for piece in self.pieces(part):
+                ids += self._ids_of(piece)
         return ids + [self.eos] * eos
 
     def decode(self, ids: list[int]) -> str:
         """A character that the ids break off in the middle becomes U+FFFD."""
-        return b"".join(self.tokens[i] for i in ids if i < len(self.tokens)).decode(
-            errors="replace"
-        )
+        return b"".join(self.bytes_of.get(i, b"") for i in ids).decode(errors="replace")
+
+    def _rank(self, left: bytes, right: bytes) -> int | None:
+        """How early two neighbours are joined; None where they make no token.
+
+        tokenizer.json lists pairs in their order. Meta's file lists tokens: any two that make one.
+        """
+        if self.merges is None:
+            return self.tokens.get(left + right)
+        return self.merges.get((left, right))
 
     def _encode_piece(self, piece: str) -> list[int]:
-        """Join the two neighbours that make the lowest-ranked token, the leftmost on ties, until none make one."""
+        """Join the two neighbours of lowest rank, the leftmost on ties, until none make a token.
+
+        A part that was joined to its left neighbour leaves an empty place, which the links of the
+        others skip. A heap knows the lowest rank: text without blanks is one piece of any length.
+        """
         whole = piece.encode()
-        if whole in self.ranks:  # merging would miss 588 words of Meta's file, " việc" among them
-            return [self.ranks[whole]]
-        parts = [whole[i : i + 1] for i in range(len(whole))]
-        joined = [
-            self.ranks.get(a + b, NO_MERGE) for a, b in zip(parts, parts[1:])
-        ]  # [i]: of parts[i] + parts[i + 1]
-        while joined and (lowest := min(joined)) != NO_MERGE:
-            i = joined.index(lowest)
-            parts[i : i + 2] = [self.tokens[lowest]]
-            del joined[i]
-            for j in (i - 1, i):  # the new part has new neighbours on both sides
-                if 0 <= j < len(joined):
-                    joined[j] = self.ranks.get(parts[j] + parts[j + 1], NO_MERGE)
-        return [self.ranks[part] for part in parts]
+        if self.whole_first and whole in self.tokens:  # merging misses some: Llama-3's " việc"
+            return [self.tokens[whole]]
+        parts = [bytes([byte]) for byte in whole]
+        if (
+            self.merges is not None
+        ):  # a byte without a token is dropped, as the tokenizers library does
+            parts = [part for part in parts if part in self.tokens]
+        n = len(parts)
+        left, right = list(range(-1, n - 1)), list(range(1, n + 1))
+        heap: list[tuple[int, int]] = []  # (rank, place) of a part and its right neighbour
+
+        def consider(i: int) -> None:
+            if i >= 0 and right[i] < n:
+                rank = self._rank(parts[i], parts[right[i]])
+                if rank is not None:
+                    heapq.heappush(heap, (rank, i))
+
+        for i in range(n):
+            consider(i)
+        while heap:
+            rank, i = heapq.heappop(heap)
+            j = right[i]
+            if not parts[i] or j == n or self._rank(parts[i], parts[j]) != rank:
+                continue  # one of the two has been joined to another part since
+            parts[i], parts[j], right[i] = parts[i] + parts[j], b"", right[j]
+            if right[i] < n:
+                left[right[i]] = i
+            consider(left[i])
+            consider(i)
+        return [self.tokens[part] for part in parts if part]
 
 
-def load_tokenizer(path: str | Path) -> SentencePieceTokenizer | Llama3Tokenizer:
-    """The tokenizer.model in a folder, or that file. Raises DataError."""
-    path = Path(path)
-    if path.is_dir():
-        path = path / "tokenizer.model"
+Tokenizer = SentencePieceTokenizer | BPETokenizer
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer of a checkpoint folder, or that file. Raises DataError."""
     try:
+        path = find_tokenizer_file(Path(path))
+        if path.suffix == ".json":
+            return BPETokenizer(read_tokenizer_json(path))
         model = path.read_bytes()
+        # Llama-3's file is lines of text, SentencePiece's begins with a byte that no base64 has.
+        if re.match(rb"[A-Za-z0-9+/=]+ \d+\r?\n", model):
+            return BPETokenizer(read_ranks(path))
+        tokenizer = SentencePieceTokenizer(model)
+    except CheckpointError as e:
+        raise DataError(str(e)) from None
     except OSError as e:
-        raise DataError(
-            f"{path}: {e.strerror}; a checkpoint folder needs its tokenizer.model"
-        ) from None
-    if not model:  # SentencePiece would take it for a vocabulary of 0 words
-        raise DataError(f"{path}: is empty; download it again")
-    try:  # Llama-3's file is lines of text, SentencePiece's begins with a byte that no base64 has
-        tokenizer = (
-            Llama3Tokenizer
-            if re.match(rb"[A-Za-z0-9+/=]+ \d+\r?\n", model)
-            else SentencePieceTokenizer
-        )(model)
-    except ValueError as e:
-        raise DataError(f"{path}: {e}") from None
+        raise DataError(f"{path}: {e.strerror}") from None
     except RuntimeError:
         raise DataError(
             f"{path}: neither a SentencePiece model nor Llama-3's ranks; download it again"
@@ -198,21 +211,24 @@ def load_tokenizer(path: str | Path) -> SentencePieceTokenizer | Llama3Tokenizer
     return tokenizer
 
 
-# --- prompt and answer -----------------------------------------------------------------------------
+# --- prompt and answer ----------------------------------------------------------------------------
 
 HEAD = (
     "Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request.{gap}\n\n{indent}### Instruction:\n{indent}"
+    "Write a response that appropriately completes the request.{gap}\n\n"
+    "{indent}### Instruction:\n{indent}"
 )
 INDENT = " " * 16
 
 
 def format_prompt(example: dict, style: str = "clean", training: bool = False) -> str:
-    """The text before the answer. Training and evaluation both call this: they must not drift apart.
+    """The text before the answer. Training and evaluation both call this: they must not drift
+    apart.
 
-    style "clean": the same bytes for both. style "dora": the bytes of NVlabs/DoRA and LLM-Adapters, whose indentation
-    got into the text, and whose two scripts differ: `training` chooses which. (In theirs, the evaluation prompt ends in
-    a token, sixteen spaces, that training never showed in that place.)
+    style "clean": the same bytes for both. style "dora": the bytes of NVlabs/DoRA and LLM-Adapters,
+    whose indentation got into the text, and whose two scripts differ: `training` chooses which. (In
+    theirs, the evaluation prompt ends in a token, sixteen spaces, that training never showed in
+    that place.)
     """
     head, rest = _prompt_parts(example, style, training)
     return head + example["instruction"] + rest
@@ -232,9 +248,11 @@ def _prompt_parts(example: dict, style: str, training: bool) -> tuple[str, str]:
 
 
 def extract_answer(task: str, text: str) -> str:
-    """The first legal answer after "### Response:" (or in the whole text where that is absent); "" if there is none.
+    """The first legal answer after "### Response:" (or in the whole text where that is absent); ""
+    if there is none.
 
-    An answer counts wherever it stands and in exactly this spelling: the rule of LLM-Adapters' scorer.
+    An answer counts wherever it stands and in exactly this spelling: the rule of LLM-Adapters'
+    scorer.
     """
     parts = text.split("### Response:")
     match = re.search(TASKS[task], parts[1] if len(parts) > 1 else text)
@@ -242,12 +260,12 @@ def extract_answer(task: str, text: str) -> str:
 
 
 def offered_answers(example: dict) -> set[str]:
-    """What the instruction's last line, "Answer format: a/b", allows; empty where there is no such line."""
+    """What the instruction's last line, "Answer format: a/b", allows; empty where it has none."""
     match = re.search(r"Answer format: (\S+)\s*$", example["instruction"])
     return set(match[1].split("/")) if match else set()
 
 
-# --- records ---------------------------------------------------------------------------------------
+# --- records --------------------------------------------------------------------------------------
 
 
 def load_examples(path: str | Path, task: str | None = None) -> list[dict]:
@@ -305,23 +323,24 @@ def find_test_file(folder: str | Path, task: str) -> Path | None:
     return None
 
 
-# --- training batches ------------------------------------------------------------------------------
+# --- training batches -----------------------------------------------------------------------------
 
 
 class Record(NamedTuple):
     ids: array  # BOS ... EOS, at most max_len of them
-    split: int  # ids[split:] are learned: 1 for the whole text, the prompt's length for the answer alone
+    split: int  # ids[split:] are learned: 1 for the whole text, the prompt's length for the answer
     number: int  # in the file, from 1
 
 
 def encode_record(
     example: dict, tokenizer, max_len: int, loss: str = "all", style: str = "clean", number: int = 1
 ) -> tuple[Record | None, int]:
-    """(record, tokens cut). Prompt and output are encoded together, as the model will meet them when it answers.
+    """(record, tokens cut). Prompt and output are encoded together, as the model will meet them
+    when it answers.
 
-    The answer is never cut: a record that is too long loses tokens from the left of its instruction, and is dropped
-    (None) if that is not enough. Raises DataError where the prompt's ids are not a prefix of the whole's: a split
-    between prompt and answer would then be a lie.
+    The answer is never cut: a record that is too long loses tokens from the left of its
+    instruction, and is dropped (None) if that is not enough. Raises DataError where the prompt's
+    ids are not a prefix of the whole's: a split between prompt and answer would then be a lie.
     """
     head, rest = _prompt_parts(example, style, training=True)
     prompt = head + example["instruction"] + rest
@@ -329,7 +348,8 @@ def encode_record(
     prompt_ids = tokenizer.encode(prompt, bos=True, eos=False)
     if ids[: len(prompt_ids)] != prompt_ids and style == "clean":
         raise DataError(
-            f"record {number}: the tokens of the prompt are not a prefix of the tokens of prompt and output"
+            f"record {number}: the tokens of the prompt are not a prefix of the tokens of prompt "
+            "and output"
         )
     cut = max(0, len(ids) - max_len)
     split = len(prompt_ids)
@@ -356,7 +376,7 @@ def encode_records(
     style: str = "clean",
     bar: Callable[[Iterable], Iterable] = iter,
 ) -> tuple[list[Record], int, int]:
-    """(records, how many lost tokens, how many were dropped). Raises DataError when none is left."""
+    """(records, how many lost tokens, how many were dropped). Raises DataError if none is left."""
     records, cut, dropped = [], 0, 0
     for number, example in enumerate(bar(examples), 1):
         record, tokens = encode_record(example, tokenizer, max_len, loss, style, number)
@@ -367,13 +387,14 @@ def encode_records(
             cut += tokens > 0
     if not records:
         raise DataError(
-            f"all {dropped} records are longer than --max-len {max_len} even without their instruction"
+            f"all {dropped} records are longer than --max-len {max_len} "
+            "even without their instruction"
         )
     return records, cut, dropped
 
 
 def split_validation(records: list, val_size: int) -> tuple[list, list]:
-    """(training, validation). The split is the same for every training seed: runs are then comparable."""
+    """(training, validation). The split is the same for every seed: runs are then comparable."""
     if val_size >= len(records):
         raise DataError(
             f"--val-size {val_size} leaves nothing of {len(records)} records to train on"
@@ -383,14 +404,14 @@ def split_validation(records: list, val_size: int) -> tuple[list, list]:
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
-    """The order of n records in one epoch: a function of (seed, epoch) alone, so that a run can resume anywhere."""
+    """The order of n records in one epoch: of (seed, epoch) alone, so that a run can resume."""
     order = list(range(n))
     random.Random(f"{seed} {epoch}").shuffle(order)
     return order
 
 
 class Batch(NamedTuple):
-    """Rows laid end to end, without padding. targets[n] is the token to predict after ids[n], or IGNORE."""
+    """Rows laid end to end, without padding. targets[n] is the token after ids[n], or IGNORE."""
 
     ids: Tensor  # (N,)
     targets: Tensor  # (N,)

@@ -20,11 +20,22 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+TOKENIZER_FILES = "tokenizer.model", "tokenizer.json", "original/tokenizer.model"  # first one found
 SHARD_BYTES = 5_000_000_000  # what transformers puts into one file
 
 
 class CheckpointError(ValueError):
     """A checkpoint, adapter or config file that cannot be used; the message says which, why, and what to do."""
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raise CheckpointError where git-lfs has left its note of a big file in place of the file."""
+    with path.open("rb") as file:
+        if file.read(24) == b"version https://git-lfs.":
+            raise CheckpointError(
+                f"{path}: a git-lfs pointer, not the file itself: `git lfs pull` in that folder "
+                "fetches it, as ./weights_download.sh does"
+            )
 
 
 def read_json(path: Path) -> dict:

@@ -7,7 +7,7 @@ import sys
 from conftest import ROOT
 
 MAY_IMPORT = {  # first the six files of the paper, then the plumbing; rora.main alone reaches up, to plumbing.jobs, when it is called
-    "data": set(),
+    "data": {"plumbing.hf_files", "plumbing.tokenizer_files"},
     "fast": set(),
     "llama": {"plumbing.hf_config", "plumbing.hf_files"},
     "baselines": {"llama"},
@@ -37,6 +37,7 @@ MAY_IMPORT = {  # first the six files of the paper, then the plumbing; rora.main
     "plumbing.hf_config": {"plumbing.hf_files"},
     "plumbing.hf_files": set(),
     "plumbing.refuse": {"plumbing.hf_files", "plumbing.peft_files"},
+    "plumbing.tokenizer_files": {"plumbing.hf_config", "plumbing.hf_files"},
     "plumbing.peft_files": {"plumbing.hf_files"},
     "plumbing.memory": {"data", "llama", "plumbing.processes"},
     "plumbing.flags": {
