@@ -50,7 +50,7 @@ def checkpoint_digest(folder: Path) -> str:
         [
             p
             for p in folder.iterdir()
-            if p.suffix == ".safetensors" or p.name in ("config.json", "tokenizer.model")
+            if p.suffix == ".safetensors" or p.name in ("config.json", "tokenizer.model", "tokenizer.json")
         ]
     )
 

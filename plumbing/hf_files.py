@@ -21,6 +21,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 TOKENIZER_FILES = "tokenizer.model", "tokenizer.json", "original/tokenizer.model"  # first one found
+COMPANIONS = (  # what goes with the weights when they are written elsewhere
+    *("config.json", "generation_config.json", *TOKENIZER_FILES, "tokenizer_config.json"),
+    *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json"),
+)
 SHARD_BYTES = 5_000_000_000  # what transformers puts into one file
 
 
@@ -30,12 +34,16 @@ class CheckpointError(ValueError):
 
 def refuse_pointer(path: Path) -> None:
     """Raise CheckpointError where git-lfs has left its note of a big file in place of the file."""
-    with path.open("rb") as file:
-        if file.read(24) == b"version https://git-lfs.":
-            raise CheckpointError(
-                f"{path}: a git-lfs pointer, not the file itself: `git lfs pull` in that folder "
-                "fetches it, as ./weights_download.sh does"
-            )
+    try:
+        with path.open("rb") as file:
+            begin = file.read(24)
+    except OSError:  # whoever reads the file says so
+        return
+    if begin == b"version https://git-lfs.":
+        raise CheckpointError(
+            f"{path}: a git-lfs pointer, not the file itself: `git lfs pull` in that folder "
+            "fetches it, as ./weights_download.sh does"
+        )
 
 
 def read_json(path: Path) -> dict:
@@ -152,6 +160,7 @@ class TensorFiles:
         )
 
     def _headers(self, path: Path):
+        refuse_pointer(path)
         if path.suffix != ".safetensors":
             self._pickles[path] = read_pickle(path)
             for name, t in self._pickles[path].items():
@@ -206,8 +215,9 @@ class TensorFiles:
         """sha256 over config.json, the tokenizer, and each weight file's name, size and safetensors header: quick, and tells apart
         any two checkpoints that differ in shape, precision or layout."""
         digest = hashlib.sha256((self.folder / "config.json").read_bytes())
-        if (self.folder / "tokenizer.model").is_file():
-            digest.update((self.folder / "tokenizer.model").read_bytes())
+        there = [name for name in TOKENIZER_FILES if (self.folder / name).is_file()]
+        if there:
+            digest.update((self.folder / there[0]).read_bytes())
         for path in self.files:
             digest.update(f"{path.name} {path.stat().st_size}\n".encode())
             if path.suffix == ".safetensors":

@@ -51,7 +51,7 @@ from plumbing.flags import (
     resolve,
     training_parser,
 )
-from plumbing.hf_files import TensorFiles
+from plumbing.hf_files import COMPANIONS, TensorFiles
 from plumbing.peft_files import CheckpointError, read_adapter, some, write_adapter
 from rora import (
     METHODS,
@@ -428,15 +428,9 @@ def merge_files(args: argparse.Namespace) -> int:
     merge(model)
     with runs.new_folder(out) as temporary:
         save_llama(model, temporary)
-        for name in (
-            "config.json",
-            "generation_config.json",
-            "tokenizer.model",
-            "tokenizer.json",
-            "tokenizer_config.json",
-            "special_tokens_map.json",
-        ):
+        for name in COMPANIONS:
             if (base / name).is_file():
+                (temporary / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(base / name, temporary / name)
     print(f"saved {out}: {ckpt} with {folder} merged in, {model.embed_tokens.weight.dtype}")
     return 0

@@ -10,7 +10,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from plumbing.hf_files import FLOATS, CheckpointError, _first_line, read_json, read_pickle, some  # noqa: F401
+from plumbing.hf_files import (  # noqa: F401
+    FLOATS,
+    CheckpointError,
+    _first_line,
+    read_json,
+    read_pickle,
+    refuse_pointer,
+    some,
+)
 
 # --- adapters --------------------------------------------------------------------------------------
 
@@ -209,6 +217,7 @@ def read_adapter(folder: str | Path) -> tuple[AdapterSettings, dict[str, Tensor]
         ):
             raise bad(f'"{key}" is {value!r}: not computed here')
 
+    refuse_pointer(path)
     try:
         raw = load_file(path) if path.suffix == ".safetensors" else read_pickle(path)
     except (SafetensorError, OSError) as e:

@@ -1,0 +1,76 @@
+"""From config.json, model.safetensors and tokenizer.json to a trained, scored and merged model."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+from helpers import CONFIG, flags, make_world, refused, run, score
+from test_bpe import LLAMA3, SMOLLM2, write
+
+from data import load_tokenizer
+from llama import Llama, LlamaConfig, RopeScaling, load_llama, save_llama
+
+SHAPES = {  # what is particular about each, but for the size
+    "llama-3.1": (LLAMA3, {"rope_theta": 5e5, "rope_scaling": RopeScaling(8.0, 1.0, 4.0, 8192)}),
+    "llama-3.2": (
+        LLAMA3,
+        {
+            "rope_theta": 5e5,
+            "rope_scaling": RopeScaling(32.0, 1.0, 4.0, 8192),
+            "tie_embeddings": True,
+        },
+    ),
+    "smollm2": (SMOLLM2, {"rope_theta": 1e5, "tie_embeddings": True, "norm_eps": 1e-5}),
+}
+MERGES = "t h,th e,a n,a t,i n,i s,e r"
+ENDS = [{"id": 300 + i, "content": f"<|{end}|>", "special": True} for i, end in enumerate("be")]
+
+
+def make_base(world, shape: str) -> None:
+    rule, change = SHAPES[shape]
+    shutil.rmtree(world.base)
+    cfg = dataclasses.replace(CONFIG, vocab_size=302, bos=300, eos=301, **change)
+    torch.manual_seed(1)
+    save_llama(Llama(cfg), world.base)
+    config = (world.base / "config.json").read_text()
+    write(world.base, MERGES, pre_tokenizer=rule, added_tokens=ENDS)
+    (world.base / "config.json").write_text(config)
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return make_world(tmp_path, 14)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_checkpoint_with_tokenizer_json_is_trained_scored_and_merged(world, tmp_path, shape):
+    make_base(world, shape)
+    assert run(*flags(world, "r", max_steps=3, epochs=None, targets=["q_proj", "v_proj"])).code == 0
+    assert score("r", "--data", world.tests, "--limit", 2).code == 0
+    assert run("--merge", "r", "--out", "merged").code == 0
+    merged, before = tmp_path / "merged", load_llama(world.base, dtype=torch.float32)
+    after = load_llama(merged, dtype=torch.float32)
+    assert after.cfg == before.cfg == LlamaConfig.from_json(merged / "config.json")
+    ids = load_tokenizer(merged).encode("is the sky blue?", bos=True, eos=False)
+    assert ids[0] == 300
+    assert not torch.equal(after(torch.tensor([ids])), before(torch.tensor([ids])))
+
+
+def test_another_tokenizer_json_is_another_base(world):
+    make_base(world, "smollm2")
+    assert run(*flags(world, "r", max_steps=2, epochs=None)).code == 0
+    file = world.base / "tokenizer.json"
+    other = json.loads(file.read_text())
+    other["model"]["ignore_merges"] = True
+    file.write_text(json.dumps(other))
+    refused(run("--merge", "r", "--out", "merged"), 3, "is not the base")
+
+
+@pytest.mark.parametrize("name", ["base/model.safetensors", "r/adapter_model.safetensors"])
+def test_a_git_lfs_pointer_in_place_of_weights_is_called_one(world, name, tmp_path):
+    assert run(*flags(world, "r", max_steps=2, epochs=None)).code == 0
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    refused(run("--merge", "r", "--out", "merged"), 3, name, "git-lfs pointer")
