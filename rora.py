@@ -31,7 +31,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +62,7 @@ class LoRALinear(nn.Module):
     targets = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
     any_target = True
     scale = "linear"
-    peft = {"peft_type": "LORA"}
+    peft: dict[str, object] = {"peft_type": "LORA"}
     held = None  # what cast() answers while fast.held lasts
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0):
@@ -159,18 +159,25 @@ class DoRALinear(LoRALinear):
 
 class Adapter(Protocol):
     """What a method is to all other files: a module built as Adapter(base, rank, alpha, dropout)
-    whose own parameters are what is saved. With merged_weight() -> (O, I) it can be merged."""
+    whose own parameters are what is saved."""
 
     base_type: type[nn.Module]  # what it can sit on
     targets: tuple[str, ...]  # where it sits by default, and
     any_target: bool  # whether --targets may put it elsewhere
     scale: str | None  # a row of SCALES; None: it has no scale, and alpha means nothing
     peft: dict[str, object]  # how PEFT's config names it; empty: it does not
+    base: Any  # what it sits on, a base_type
+    rank: int
+    alpha: float | None
+    dropout: nn.Dropout
+    scaling: float  # where it has a scale
+    named_parameters: Callable[..., Iterator[tuple[str, nn.Parameter]]]
+    merged_weight: Callable[[], Tensor]  # (O, I), where it can be merged
 
 
 @dataclass(frozen=True)
 class Method:
-    layer: type  # an Adapter
+    layer: type[Any]  # an Adapter
     rank: int = 32  # the default, and
     rank_is: str = "rank"  # what it counts
     dropout: float | None = 0.05  # the default; None: it takes none
@@ -231,9 +238,9 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def wrappers(model: nn.Module) -> dict[str, nn.Module]:
+def wrappers(model: nn.Module) -> dict[str, Adapter]:
     """The adapters, by the name of the layer each sits on."""
-    kinds = tuple({row.layer for row in METHODS.values()})
+    kinds: tuple[type[Any], ...] = tuple({row.layer for row in METHODS.values()})
     return {name: m for name, m in model.named_modules() if isinstance(m, kinds)}
 
 
@@ -402,7 +409,7 @@ def adapter_settings(model: nn.Module) -> AdapterSettings:
     return AdapterSettings(method, a.rank, targets, a.alpha, a.scale, a.dropout.p, base, s)
 
 
-def adapter_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """What the adapters add, by name, whether it trains or not: what is saved."""
     return {
         f"{layer}.{name}": p
