@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
+from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
-from conftest import ROOT
 from llama import load_llama
 from rora import load_adapter
 from tests.golden.make_kit import CASES, trace

@@ -16,9 +16,10 @@ import derivation
 import derivation_page
 import prune
 import real_text
+
 from data import Record
-from plumbing.flags import FlagError
 from llama import Llama, LlamaConfig, load_llama
+from plumbing.flags import FlagError
 from rora import LoRALinear, RoRALinear
 
 

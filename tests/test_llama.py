@@ -7,7 +7,6 @@ import pytest
 import torch
 from conftest import SMALL
 
-from plumbing.hf_files import CheckpointError
 from llama import (
     Attention,
     KVCache,
@@ -22,6 +21,7 @@ from llama import (
     rope_tables,
     sdpa,
 )
+from plumbing.hf_files import CheckpointError
 
 IDS = torch.randint(0, 64, (3, 9), generator=torch.Generator().manual_seed(1))
 FREQS_OF_8 = rope_frequencies(SMALL)  # of heads 8 wide

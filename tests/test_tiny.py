@@ -16,6 +16,7 @@ sys.path[:0] = [str(ROOT), str(TINY)]
 import corpus
 import pretrain
 import world
+
 from data import TASKS, format_prompt, load_tokenizer
 
 
@@ -88,7 +89,7 @@ def test_records_have_the_wording_of_the_real_benchmark(task):
             assert list(r) == ["instruction", "input", "output", "answer"] and r["input"] == ""
             assert re.fullmatch(FORMATS[task], r["instruction"]), r["instruction"]
             assert (
-                re.fullmatch(TASKS[task], r["answer"])
+                re.fullmatch(TASKS[task].answers, r["answer"])
                 and r["output"] == f"the correct answer is {r['answer']}"
             )
             assert r["answer"] in r["instruction"].split("Answer format: ")[1].split("/")

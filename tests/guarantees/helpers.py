@@ -22,7 +22,8 @@ import eval as judge
 import rora
 from data import format_prompt
 from llama import Llama, LlamaConfig, save_llama
-from plumbing import hf_files as checkpoints, jobs, peft_files
+from plumbing import hf_files as checkpoints
+from plumbing import jobs, peft_files
 from plumbing import run_folder as runs
 
 torch.set_num_threads(1)  # tensors this small are slower on two busy cores than on one

@@ -15,7 +15,6 @@ from helpers import (
     ROOT,
     World,
     flags,
-    judge,
     make_records,
     make_tokenizer,
     make_world,
@@ -29,7 +28,7 @@ from safetensors.torch import load_file, save_file
 import llama
 from plumbing import flags as flag_module
 from plumbing import hf_files as checkpoints
-from plumbing import jobs
+from plumbing import jobs, scoring
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +44,7 @@ def clean(tmp_path_factory):
 def world(clean, tmp_path, monkeypatch):
     shutil.copytree(clean, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    for module in (jobs, judge):
+    for module in (jobs, scoring):
         monkeypatch.setattr(
             module,
             "load_base",
@@ -396,13 +395,13 @@ def test_an_adapter_replaced_while_the_base_is_read_is_not_scored_under_the_old_
 ):
     monkeypatch.undo()
     monkeypatch.chdir(world.data.parent)
-    load_base = judge.load_base
+    load_base = scoring.load_base
 
     def slow(*args):
         tensors(lambda s: s[Q.format("B")].add_(1))
         return load_base(*args)
 
-    monkeypatch.setattr(judge, "load_base", slow)
+    monkeypatch.setattr(scoring, "load_base", slow)
     refused(score("done", "--data", world.tests), 2, "replaced while it was read")
 
 

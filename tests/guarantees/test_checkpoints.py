@@ -8,8 +8,8 @@ import torch
 from conftest import SMALL
 from safetensors.torch import load_file, save_file
 
-from plumbing.hf_files import CheckpointError, TensorFiles, write_tensors
 from llama import Llama, load_llama, save_llama
+from plumbing.hf_files import CheckpointError, TensorFiles, write_tensors
 
 IDS = torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(1))
 

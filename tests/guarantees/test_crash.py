@@ -9,7 +9,6 @@ import shutil
 import signal
 
 import pytest
-from plumbing import jobs
 import torch
 from helpers import (
     at_step,
@@ -17,7 +16,6 @@ from helpers import (
     go_on,
     instants,
     interrupt,
-    judge,
     killed,
     make_world,
     outcome,
@@ -30,8 +28,9 @@ from helpers import (
 )
 from safetensors.torch import load_file
 
-from plumbing import run_folder as runs
 from data import epoch_order
+from plumbing import jobs, scoring
+from plumbing import run_folder as runs
 
 SHORT = {
     "max_steps": 4,
@@ -469,7 +468,7 @@ def test_a_lack_of_memory_in_training_says_where_and_what_to_change(
 
 @pytest.mark.parametrize("lack", LACKS, ids=lambda e: type(e).__name__)
 def test_a_lack_of_memory_in_scoring_keeps_the_answers(world, whole, tmp_path, monkeypatch, lack):
-    generate, calls = judge.generate, []
+    generate, calls = scoring.generate, []
 
     def fail(*args, **kwargs):
         calls.append(1)
@@ -477,7 +476,7 @@ def test_a_lack_of_memory_in_scoring_keeps_the_answers(world, whole, tmp_path, m
             raise lack
         return generate(*args)
 
-    monkeypatch.setattr(judge, "generate", fail)
+    monkeypatch.setattr(scoring, "generate", fail)
     command = (whole, "--data", world.tests, "--batch-size", 3, "--out", tmp_path)
     refused(
         score(*command),
@@ -487,5 +486,5 @@ def test_a_lack_of_memory_in_scoring_keeps_the_answers(world, whole, tmp_path, m
         "--dtype",
         "--device",
     )
-    assert len(judge.read_generations(tmp_path / "boolq.jsonl")) == 6
+    assert len(scoring.read_generations(tmp_path / "boolq.jsonl")) == 6
     assert score(*command).code == 0

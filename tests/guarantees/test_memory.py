@@ -3,17 +3,16 @@
 import weakref
 
 import pytest
-from plumbing import jobs
-import fast
 import torch
 from conftest import shake
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from plumbing import memory
+import fast
 import rora
 from data import Batch, Record, collate
 from llama import Llama, LlamaConfig
+from plumbing import jobs, memory
 
 CFG = LlamaConfig(dim=64, n_layers=3, n_heads=4, n_kv_heads=2, hidden_dim=96, vocab_size=80)
 

@@ -8,11 +8,11 @@ import sys
 import time
 
 import pytest
-from plumbing import run_folder as runs
 from conftest import ROOT, write_checkpoint, write_records
 
 import eval as judge
 import rora
+from plumbing import run_folder as runs
 
 
 @pytest.fixture(scope="module")

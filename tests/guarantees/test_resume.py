@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 import pytest
-from plumbing import jobs
 import torch
 from helpers import (
     ROOT,
@@ -25,6 +24,7 @@ from helpers import (
 )
 from safetensors.torch import load_file
 
+from plumbing import jobs
 from plumbing import run_folder as runs
 
 

@@ -5,7 +5,9 @@ import signal
 
 import pytest
 from conftest import score_base
-from helpers import flags, judge, make_world, refused, run, runs, score, tree
+from helpers import flags, make_world, refused, run, runs, score, tree
+
+from plumbing import scoring
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +31,9 @@ def test_every_generation_is_kept_and_scoring_again_generates_nothing(
 ):
     first, kept = score_base(benchmark, tmp_path)
     assert len(kept) == 8 and all(len(text.splitlines()) == 7 for text in kept.values())
-    monkeypatch.setattr(judge, "generate", lambda *a: pytest.fail("an answer was generated twice"))
+    monkeypatch.setattr(
+        scoring, "generate", lambda *a: pytest.fail("an answer was generated twice")
+    )
     assert score_base(benchmark, tmp_path) == (first, kept)
 
 
@@ -48,7 +52,7 @@ def test_scoring_one_task_again_keeps_the_scores_of_the_others(benchmark, tmp_pa
 
 
 def test_scoring_can_be_stopped_and_goes_on_where_it_stopped(world, whole, tmp_path, monkeypatch):
-    generate, asked = judge.generate, []
+    generate, asked = scoring.generate, []
 
     def watched(model, prompts, *rest):
         asked.extend(map(tuple, prompts))
@@ -56,7 +60,7 @@ def test_scoring_can_be_stopped_and_goes_on_where_it_stopped(world, whole, tmp_p
             signal.raise_signal(signal.SIGTERM)
         return generate(model, prompts, *rest)
 
-    monkeypatch.setattr(judge, "generate", watched)
+    monkeypatch.setattr(scoring, "generate", watched)
     command = (whole, "--data", world.tests, "--batch-size", 3, "--out")
     for code in (143, 143, 0):
         assert score(*command, tmp_path / "cut").code == code
@@ -64,7 +68,7 @@ def test_scoring_can_be_stopped_and_goes_on_where_it_stopped(world, whole, tmp_p
     assert (
         score(*command, tmp_path / "cut").code == 0 and len(asked) == questions == 16
     )  # nothing twice, nothing lost
-    monkeypatch.setattr(judge, "generate", generate)
+    monkeypatch.setattr(scoring, "generate", generate)
     assert score(*command, tmp_path / "whole").code == 0
     assert tree(tmp_path / "cut") == tree(tmp_path / "whole")
 
@@ -130,6 +134,6 @@ def test_answers_do_not_depend_on_batch_size_or_the_order_of_the_questions(world
             ).code
             == 0
         )
-        answers = judge.read_generations(tmp_path / str(i) / "boolq.jsonl")
+        answers = scoring.read_generations(tmp_path / str(i) / "boolq.jsonl")
         said.append([answers[n] for n in sorted(answers)])
     assert said[0] == said[1] == said[2] == said[3][::-1] and len(set(said[0])) > 1
