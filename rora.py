@@ -181,17 +181,18 @@ class Method:
     rank: int = 32  # the default, and
     rank_is: str = "rank"  # what it counts
     dropout: float | None = 0.05  # the default; None: it takes none
-    lr: float | None = None  # the default; None: the checkpoint has it
+    lr: float = 2e-4  # the default, where the checkpoint has none of its own
     other_scales: tuple[str, ...] = ()  # what --scale may ask for beside layer.scale
+    file_format: str | None = None  # in plumbing/peft_files.py; None: ours, which PEFT refuses
 
 
 METHODS = {
-    "lora": Method(LoRALinear),
-    "rora": Method(RoRALinear),
-    "dora": Method(DoRALinear, other_scales=("sqrt",)),
-    "series": Method(SeriesAdapter, rank=256, rank_is="width", dropout=0.0, lr=3e-4),
-    "parallel": Method(ParallelAdapter, rank=256, rank_is="width", dropout=0.0, lr=3e-4),
-    "prefix": Method(PrefixAttention, rank=30, rank_is="tokens", dropout=None, lr=3e-2),
+    "lora": Method(LoRALinear, lr=3e-4, file_format="lora"),
+    "rora": Method(RoRALinear, file_format="lora"),
+    "dora": Method(DoRALinear, other_scales=("sqrt",), file_format="dora"),
+    "series": Method(SeriesAdapter, 256, "width", 0.0, 3e-4, file_format="bottleneck"),
+    "parallel": Method(ParallelAdapter, 256, "width", 0.0, 3e-4, file_format="parallel bottleneck"),
+    "prefix": Method(PrefixAttention, 30, "tokens", None, 3e-2, file_format="prefix"),
 }
 
 
@@ -406,7 +407,8 @@ def adapter_settings(model: nn.Module) -> AdapterSettings:
     method = next(name for name, row in METHODS.items() if row.layer is type(a))
     targets = tuple(dict.fromkeys(name.rpartition(".")[2] for name in layers))
     base, s = getattr(model, "source", None), a.scaling if a.scale else None
-    return AdapterSettings(method, a.rank, targets, a.alpha, a.scale, a.dropout.p, base, s)
+    kind = METHODS[method].file_format
+    return AdapterSettings(method, a.rank, targets, a.alpha, a.scale, a.dropout.p, base, s, kind)
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -432,7 +434,7 @@ def load_adapter(model: Llama, folder: str | Path) -> AdapterSettings:
     The adapters stay trainable; train or eval mode stays as it was. Raises CheckpointError where
     file, config and model do not fit, naming the tensor or key, and leaves the model as it was.
     """
-    settings, tensors = read_adapter(folder)
+    settings, tensors = read_adapter(folder, METHODS)
     with torch.device("meta"):
         trial = Llama(model.cfg)
     with refuse.blaming(folder):

@@ -405,7 +405,7 @@ def compute(size: dict) -> dict:
         for c in results["tiny"]
         if (c["optimizer"], c["rule"], c["rank"]) == ("SGD", "α/√r", ranks[0])
     )
-    lrs = {"SGD": 0.03 / FALL * small, "AdamW": TINY.lr}
+    lrs = {"SGD": 0.03 / FALL * small, "AdamW": TINY.lr["rora"]}
     results |= {"many_lr": lrs, "before": validation_loss(base, held_out, size["batch"])}
     run = lambda rank, rule, optimizer, ratio=1.0: (
         {"rank": rank, "rule": rule, "optimizer": optimizer, "ratio": ratio}

@@ -54,6 +54,7 @@ from plumbing.flags import (
     MAY_CHANGE,
     Checkpoint,
     FlagError,
+    default_lr,
     exit_code,
     find_checkpoint,
     resolve,
@@ -237,7 +238,7 @@ def plan(args: argparse.Namespace, rows: list[dict]) -> list[dict]:
         )
     files, lr = (
         {"checkpoint": checkpoint_digest(folder), "questions": questions_digest(homes.values())},
-        recipe.lr,
+        default_lr("rora", recipe),
     )
     if args.mode == "row":
         row = {"rank": rora.METHODS["rora"].rank, "lr": lr}
@@ -407,7 +408,7 @@ def main(argv: list[str]) -> int:
         nargs="+",
         type=float,
         metavar="X",
-        help=f"default: fig1 {CHECKPOINTS['tiny'].lr:g}; grid {' '.join(f'{lr:g}' for lr in LRS)}",
+        help=f"default: fig1 {CHECKPOINTS['tiny'].lr['rora']:g}; grid {' '.join(f'{lr:g}' for lr in LRS)}",
     )
     parser.add_argument(
         "--seeds", nargs="+", type=int, metavar="S", help="default: 0 1 2; grid 0; row 0 1"

@@ -7,9 +7,9 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -19,18 +19,18 @@ from data import DataError
 from plumbing import processes
 from plumbing.hf_files import CheckpointError
 from plumbing.run_folder import RunError
-from rora import METHODS, SCALES, NonFiniteError
+from rora import METHODS, SCALES, Method, NonFiniteError
 
 HERE = Path(__file__).resolve().parent.parent
 
-# --- defaults --------------------------------------------------------------------------------------
+# --- defaults -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a base model decides. lr is DoRA's scripts' for the paper's models."""
+    """What a base model decides."""
 
-    lr: float = 2e-4
+    lr: Mapping[str, float] = field(default_factory=dict)  # where it is not the method's own rate
     loss: str = "all"
     warmup: int = 100
     alpha: float = 64
@@ -42,10 +42,12 @@ class Checkpoint:
     cpu_dtype: str = "fp32"
 
 
+# A method's own rate (METHODS in rora.py) is the one of DoRA's and LLM-Adapters' scripts for LLaMA
+# and LLaMA-2; RoRA's, which the paper does not state, is taken to be DoRA's.
 PAPER = Checkpoint()  # also for folders that have no row
 CHECKPOINTS = {
     "tiny": Checkpoint(
-        lr=2e-3,
+        lr={"lora": 2e-3, "rora": 2e-3, "dora": 2e-3},
         loss="answer",
         warmup=10,
         alpha=16,
@@ -58,9 +60,17 @@ CHECKPOINTS = {
     "llama-7b": PAPER,
     "llama-13b": PAPER,
     "llama2-7b": PAPER,
-    "llama3-8b": Checkpoint(lr=1e-4),
+    "llama3-8b": Checkpoint(lr={"rora": 1e-4, "dora": 1e-4}),  # LoRA stays at 3e-4 in the scripts
     "sheared-llama-1.3b": PAPER,
 }
+LOSSES = ("all", "answer")
+PROMPTS = ("clean", "dora")
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def default_lr(method: str, row: Checkpoint) -> float:
+    """The peak learning rate, a fact of method and checkpoint together."""
+    return row.lr.get(method, METHODS[method].lr)
 
 
 @dataclass(frozen=True)
@@ -91,11 +101,37 @@ class Settings:
     micro_batch_size: int  # these two change memory and time, not the result beyond rounding
     checkpoint_blocks: int | str  # all, none, auto, or how many from the first on
 
+    @classmethod
+    def from_json(cls, saved: dict) -> "Settings":
+        """Read back from run.json. Raises ValueError or TypeError for what no flags could give."""
+        settings = cls(**saved | {"targets": tuple(saved["targets"])})
+        for f in fields(cls):
+            value = getattr(settings, f.name)
+            kind = tuple if f.name == "targets" else f.type
+            if type(value) is int and not isinstance(value, kind):
+                value = float(value)  # JSON has 64 for 64.0
+            fits = isinstance(value, kind) and not isinstance(value, bool)
+            if fits and isinstance(value, (int, float)):
+                least = 0 if f.name in MAY_BE_ZERO else math.nextafter(0, 1)
+                fits = least <= value < 2**63
+            if not fits or value not in CHOICES.get(f.name, [value]):
+                raise ValueError(f"{f.name} is {value!r}")
+        if not all(isinstance(target, str) for target in settings.targets):
+            raise ValueError(f"targets is {settings.targets!r}")
+        return settings
+
 
 MAY_CHANGE = {"micro_batch_size", "checkpoint_blocks"}
+MAY_BE_ZERO = {"dropout", "warmup", "val_size", "seed", "checkpoint_blocks"}
+CHOICES = {
+    "method": tuple(METHODS),
+    "scale": (None, *SCALES),
+    "loss": LOSSES,
+    "prompt": PROMPTS,
+    "dtype": tuple(DTYPES),
+}
 
-
-# --- where to find things --------------------------------------------------------------------------
+# --- where to find things -------------------------------------------------------------------------
 
 
 class FlagError(ValueError):
@@ -107,24 +143,23 @@ class OutOfMemory(MemoryError):
 
 
 class NothingLearned(Exception):
-    """An adapter that is not in the model's path, or that is still zero at the end."""
+    """An adapter that is not in the model's path, or that ends as it started."""
 
 
 def find_checkpoint(name: str) -> Path:
-    """`tiny` (beside this file), a folder, or a name under checkpoints/."""
+    """`tiny` (beside rora.py), a folder, or a name under checkpoints/."""
     for folder in [HERE / "tiny"] if name == "tiny" else [Path(name), Path("checkpoints") / name]:
         if folder.is_dir():
             return folder
-    hint = (
-        f"./weights_download.sh {name} fetches it"
-        if name in CHECKPOINTS
-        else f"known names: {', '.join(CHECKPOINTS)}"
-    )
+    hint = f"known names: {', '.join(CHECKPOINTS)}"
+    if name in CHECKPOINTS:
+        hint = f"./weights_download.sh {name} fetches it"
     raise CheckpointError(f"no checkpoint folder {name} or checkpoints/{name}; {hint}")
 
 
 def row_of(ckpt: str) -> Checkpoint:
-    """The checkpoint's row in the table, also where it is named by its folder; the paper's defaults for any other."""
+    """The checkpoint's row in the table, also where it is named by its folder; the paper's
+    defaults for any other."""
     name = Path(ckpt).name
     known = name in CHECKPOINTS and (
         ckpt == name or Path(ckpt).resolve() in (find_checkpoint(name).resolve(), HERE / name)
@@ -133,7 +168,8 @@ def row_of(ckpt: str) -> Checkpoint:
 
 
 def find_device(name: str | None) -> torch.device:
-    """With its number where there are several: under torchrun "cuda" alone would be the first GPU for some, ours for others."""
+    """With its number where there are several: under torchrun "cuda" alone would be the first GPU
+    for some, ours for others."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device.type not in ("cuda", "cpu", "mps"):
@@ -142,9 +178,6 @@ def find_device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError) as e:
         raise FlagError(f"--device {name}: {str(e).splitlines()[0]}") from None
     return device
-
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def find_dtype(name: str | None, ckpt: str, device: torch.device) -> str:
@@ -157,7 +190,7 @@ def find_dtype(name: str | None, ckpt: str, device: torch.device) -> str:
     return name
 
 
-# --- the flags -------------------------------------------------------------------------------------
+# --- the flags ------------------------------------------------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):
@@ -174,9 +207,10 @@ def at_least(least: float, kind: type = int, below: float = 2**63) -> Callable[[
         except ValueError:
             value = math.nan
         if not least <= value < below:
+            whole = "whole " if kind is int else ""
             bound = f" and below {below:g}" if value >= below or below < 2**63 else ""
             raise argparse.ArgumentTypeError(
-                f"{text!r} is not a{' whole' if kind is int else ''} number of at least {least:g}{bound}"
+                f"{text!r} is not a {whole}number of at least {least:g}{bound}"
             )
         return value
 
@@ -191,213 +225,239 @@ def blocks(text: str) -> int | str:
     return text if text in ("auto", "all", "none") else at_least(0)(text)
 
 
+DEFAULT_SCALE = "sqrt"
+
+
+def method_of_scale(scale: str) -> str:
+    """The method that bears a scale's name on the command line. Raises FlagError."""
+    for name, row in METHODS.items():
+        if row.layer.scale == scale:
+            return name
+    raise FlagError(f"no row of METHODS in rora.py has the scale {scale}")
+
+
+def by_method(fact: Callable[[Method], float | None]) -> str:
+    """A default that methods differ in, for --help: "32; series, parallel 256; prefix 30"."""
+    usual = fact(METHODS[method_of_scale(DEFAULT_SCALE)])
+    others: dict[float, list[str]] = {}
+    for name, row in METHODS.items():
+        value = fact(row)
+        if value is not None and value != usual:
+            others.setdefault(value, []).append(name)
+    return "; ".join([f"{usual:g}", *(f"{', '.join(who)} {x:g}" for x, who in others.items())])
+
+
 def training_parser() -> Parser:
-    """rora.py's flags. Defaults are None where a row decides, so that a flag without effect can be told and refused."""
-    tiny = CHECKPOINTS["tiny"]
-    wide = lambda prog: argparse.HelpFormatter(
-        prog, max_help_position=30, width=140
-    )  # one line a flag: --help fits a screen
+    """rora.py's flags. Defaults are None where a row decides, so that a flag without effect can be
+    told and refused."""
     parser = Parser(
         prog="rora.py",
         usage="rora.py [flags]",
         allow_abbrev=False,
-        formatter_class=wide,
+        # one line a flag: --help fits a screen
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=140),
         description="Fine-tune a LLaMA with RoRA, or a method it is compared with.",
-        epilog="exit codes: 0 done, 1 memory or disk, 2 flags or output folder, 3 data or checkpoint, 4 loss not finite, "
-        "130/143 stopped and saved",
+        epilog="exit codes: 0 done, 1 memory or disk, 2 flags or output folder, 3 data or "
+        "checkpoint, 4 loss not finite, 130/143 stopped and saved",
     )
-    g = parser.add_argument_group("what to train")
-    g.add_argument(
+    add_method_flags(parser.add_argument_group("what to train"))
+    add_data_flags(parser.add_argument_group("on what"))
+    add_speed_flags(parser.add_argument_group("how long, how fast"))
+    add_output_flags(parser.add_argument_group("where to"))
+    add_jobs(parser.add_argument_group("instead of a new run"))
+    return parser
+
+
+def add_method_flags(group) -> None:
+    tiny = CHECKPOINTS["tiny"]
+    group.add_argument(
         "--ckpt",
         metavar="NAME",
         help=f"{', '.join(CHECKPOINTS)}, or a Hugging Face folder (default: tiny)",
     )
-    g.add_argument("--method", choices=METHODS, help="default: rora")
-    g.add_argument(
+    default = method_of_scale(DEFAULT_SCALE)
+    group.add_argument("--method", choices=METHODS, help=f"default: {default}")
+    short = {"linear": "α/r", "sqrt": "α/√r"}
+    meanings = [f"{scale}: {short.get(scale, 'see SCALES')}" for scale in SCALES]
+    free = [name for name, row in METHODS.items() if row.other_scales]
+    group.add_argument(
         "--scale",
         choices=SCALES,
-        help="linear: α/r, i.e. lora; sqrt: α/√r, i.e. rora; either, with --method dora",
+        help=f"{', '.join(meanings)}: the method of that scale, or {' or '.join(free)}'s own",
     )
-    g.add_argument(
+    group.add_argument(
         "--rank",
         type=at_least(1, below=1_000_000),
         metavar="N",
-        help=f"rank (default {METHODS['rora'].rank}); series, parallel: width ({METHODS['series'].rank}); prefix: tokens "
-        f"({METHODS['prefix'].rank})",
+        help="rank, a bottleneck's width, or a prefix's tokens "
+        f"(default {by_method(lambda row: row.rank)})",
     )
-    g.add_argument(
+    group.add_argument(
         "--alpha",
         type=positive,
         metavar="X",
         help=f"numerator of the scale (default {PAPER.alpha:g}; tiny {tiny.alpha:g})",
     )
-    g.add_argument(
+    group.add_argument(
         "--dropout",
         type=at_least(0, float, 1),
         metavar="P",
-        help=f"on the adapter's input (default {METHODS['rora'].dropout:g}; series, parallel {METHODS['series'].dropout:g})",
+        help=f"on the adapter's input (default {by_method(lambda row: row.dropout)})",
     )
-    g.add_argument(
+    group.add_argument(
         "--targets",
         nargs="+",
         metavar="NAME",
-        help=f"layers to adapt (default: {' '.join(METHODS['rora'].layer.targets)})",
+        help=f"layers to adapt (default: {' '.join(METHODS[default].layer.targets)})",
     )
-    g = parser.add_argument_group("on what")
-    g.add_argument(
+
+
+def add_data_flags(group) -> None:
+    tiny = CHECKPOINTS["tiny"]
+    group.add_argument(
         "--data",
         metavar="FILE",
         help=f"records as in commonsense_170k.json (default: {PAPER.data}; tiny: its own)",
     )
-    g.add_argument(
+    group.add_argument(
         "--loss",
-        choices=["all", "answer"],
-        help=f"tokens that are learned (default: {PAPER.loss}, the paper's protocol; tiny {tiny.loss})",
+        choices=LOSSES,
+        help=f"tokens that are learned (default: {PAPER.loss}, the paper's protocol; "
+        f"tiny {tiny.loss})",
     )
-    g.add_argument(
-        "--prompt",
-        choices=["clean", "dora"],
-        help="dora: the bytes of DoRA's scripts (default: clean)",
+    group.add_argument(
+        "--prompt", choices=PROMPTS, help="dora: the bytes of DoRA's scripts (default: clean)"
     )
-    g.add_argument(
+    group.add_argument(
         "--max-len",
         type=at_least(8),
         metavar="N",
         help="tokens a record, BOS and EOS included (default 256)",
     )
-    g.add_argument(
+    group.add_argument(
         "--val-size",
         type=at_least(0),
         metavar="N",
-        help=f"records held out to choose the best adapter (default {PAPER.val_size}; tiny {tiny.val_size})",
+        help="records held out to choose the best adapter "
+        f"(default {PAPER.val_size}; tiny {tiny.val_size})",
     )
-    g = parser.add_argument_group("how long, how fast")
-    g.add_argument(
-        "--epochs",
-        type=at_least(1),
-        metavar="N",
-        help=f"default {PAPER.epochs}; tiny {tiny.epochs}",
+
+
+def add_speed_flags(group) -> None:
+    tiny = CHECKPOINTS["tiny"]
+    count = at_least(1)
+    group.add_argument(
+        "--epochs", type=count, metavar="N", help=f"default {PAPER.epochs}; tiny {tiny.epochs}"
     )
-    g.add_argument(
-        "--max-steps", type=at_least(1), metavar="N", help="optimizer steps, in place of --epochs"
+    group.add_argument(
+        "--max-steps", type=count, metavar="N", help="optimizer steps, in place of --epochs"
     )
-    g.add_argument(
-        "--batch-size", type=at_least(1), metavar="N", help="records an optimizer step (default 16)"
+    group.add_argument(
+        "--batch-size", type=count, metavar="N", help="records an optimizer step (default 16)"
     )
-    g.add_argument(
+    group.add_argument(
         "--micro-batch-size",
-        type=at_least(1),
+        type=count,
         metavar="N",
         help="records in memory at once (default: the batch)",
     )
-    g.add_argument(
+    group.add_argument(
         "--lr",
         type=positive,
         metavar="X",
-        help=f"peak of AdamW's rate (default {PAPER.lr:g}; llama3-8b {CHECKPOINTS['llama3-8b'].lr:g}; tiny {tiny.lr:g}; "
-        f"series, parallel {METHODS['series'].lr:g}; prefix {METHODS['prefix'].lr:g})",
+        help=f"peak of AdamW's rate (default {by_method(lambda row: row.lr)}; "
+        "some models have their own)",
     )
-    g.add_argument(
+    group.add_argument(
         "--warmup",
         type=at_least(0),
         metavar="N",
         help=f"steps of linear warm-up (default {PAPER.warmup}; tiny {tiny.warmup})",
     )
-    g.add_argument(
+    group.add_argument(
         "--seed",
         type=at_least(0),
         metavar="N",
         help="of initialisation, order and dropout (default 0)",
     )
-    g.add_argument(
+    group.add_argument(
         "--device", metavar="NAME", help="cuda, cpu, mps (default: cuda if there is one)"
     )
-    g.add_argument(
+    group.add_argument(
         "--dtype", choices=DTYPES, help="of the base model (default: bf16 on cuda, fp32 on cpu)"
     )
-    g.add_argument(
+    group.add_argument(
         "--checkpoint-blocks",
         type=blocks,
         metavar="K",
-        help="blocks recomputed in backward: all, none, a number, or "
-        "auto, as few as memory allows (default)",
+        help="blocks recomputed in backward: all, none, a number, or auto, as few as memory "
+        "allows (default)",
     )
-    g.add_argument(
+    group.add_argument(
         "--compile",
         action="store_true",
         default=None,
         help="torch.compile each block: a minute at the start, then faster steps on a GPU",
     )
-    g = parser.add_argument_group("where to")
-    g.add_argument("--out", metavar="DIR", help="default: runs/<ckpt>-<method>-r<rank>-s<seed>")
-    g.add_argument(
+
+
+def add_output_flags(group) -> None:
+    group.add_argument("--out", metavar="DIR", help="default: runs/<ckpt>-<method>-r<rank>-s<seed>")
+    group.add_argument(
         "--overwrite",
         action="store_true",
         default=None,
         help="delete an existing run in that folder first",
     )
-    g.add_argument(
+    group.add_argument(
         "--eval-every", type=at_least(1), metavar="N", help="steps between validations (default 80)"
     )
-    g.add_argument(
+    group.add_argument(
         "--save-every",
         type=at_least(1),
         metavar="N",
         help="steps between checkpoints (default 800)",
     )
-    g = parser.add_argument_group("instead of a new run")
-    g.add_argument("--resume", metavar="RUN", help="go on from the newest intact checkpoint")
-    g.add_argument(
+
+
+def add_jobs(group) -> None:
+    group.add_argument("--resume", metavar="RUN", help="go on from the newest intact checkpoint")
+    group.add_argument(
         "--merge", metavar="RUN", help="write base + adapter as one plain checkpoint into --out"
     )
-    g.add_argument(
+    group.add_argument(
         "--export-scale",
         choices=["plain"],
         help="with --merge: write the adapter alone, its scale as alpha/r (for tools "
         "that ignore use_rslora)",
     )
-    g.add_argument(
+    group.add_argument(
         "--check",
         action="store_true",
         default=None,
         help="print the plan, memory and time of this run, and stop",
     )
-    g.add_argument(
+    group.add_argument(
         "--trace",
         metavar="FILE",
         help="write one fixed batch's activations, loss and gradients, to compare with",
     )
-    return parser
 
 
 def resolve(args: argparse.Namespace) -> tuple[Settings, torch.device]:
-    """Fill in what the flags left open: from the checkpoint's row, the method's row, then the protocol."""
-    method = args.method or next(
-        name for name, row in METHODS.items() if row.layer.scale == (args.scale or "sqrt")
-    )
+    """Fill in what the flags left open: from the checkpoint's row, the method's row, then the
+    protocol."""
+    method = args.method or method_of_scale(args.scale or DEFAULT_SCALE)
     named = METHODS[method]
-    scaled = named.layer.scale is not None
-    if args.scale and method != "dora" and args.scale != named.layer.scale:
-        raise FlagError(
-            f"--scale {args.scale} does not go with --method {method}"
-            + (
-                f"; --method {'lora' if args.scale == 'linear' else 'rora'} is that"
-                if scaled
-                else ""
-            )
-        )
-    for flag in (
-        ("alpha",) * (not scaled)
-        + ("dropout",) * (method == "prefix")
-        + ("targets",) * (method in ("prefix", "series"))
-    ):
-        if getattr(args, flag) is not None:
-            raise FlagError(f"--{flag} has no effect with --method {method}")
-    if args.epochs and args.max_steps:
-        raise FlagError("--max-steps replaces --epochs: give one of them")
+    refuse_without_effect(args, method)
     ckpt = args.ckpt or "tiny"
     row, device = row_of(ckpt), find_device(args.device)
-    given = lambda flag, default: default if getattr(args, flag) is None else getattr(args, flag)
+
+    def given(flag: str, default):
+        value = getattr(args, flag)
+        return default if value is None else value
+
+    scaled = named.layer.scale is not None
     batch_size = given("batch_size", 16)
     settings = Settings(
         ckpt=ckpt,
@@ -414,7 +474,7 @@ def resolve(args: argparse.Namespace) -> tuple[Settings, torch.device]:
         epochs=given("epochs", row.epochs),
         max_steps=args.max_steps,
         batch_size=batch_size,
-        lr=given("lr", named.lr or row.lr),
+        lr=given("lr", default_lr(method, row)),
         warmup=given("warmup", row.warmup),
         val_size=given("val_size", row.val_size),
         eval_every=given("eval_every", 80),
@@ -427,9 +487,32 @@ def resolve(args: argparse.Namespace) -> tuple[Settings, torch.device]:
     return settings, device
 
 
+def refuse_without_effect(args: argparse.Namespace, method: str) -> None:
+    """Raise FlagError for a flag that the method, or another flag, makes void."""
+    row = METHODS[method]
+    own = row.layer.scale
+    if args.scale and args.scale not in (own, *row.other_scales):
+        hint = f"; --method {method_of_scale(args.scale)} is that" if own else ""
+        raise FlagError(f"--scale {args.scale} does not go with --method {method}{hint}")
+    takes = {
+        "alpha": own is not None,
+        "dropout": row.dropout is not None,
+        "targets": row.layer.any_target,
+    }
+    for flag, has_effect in takes.items():
+        if getattr(args, flag) is not None and not has_effect:
+            raise FlagError(f"--{flag} has no effect with --method {method}")
+    if args.epochs and args.max_steps:
+        raise FlagError("--max-steps replaces --epochs: give one of them")
+
+
+# --- failures -------------------------------------------------------------------------------------
+
+
 @contextmanager
 def naming_memory(doing: str) -> Iterator[None]:
-    """A lack of memory, which Python, a CPU and a GPU each report in their own way, becomes MemoryError(`doing`)."""
+    """A lack of memory, which Python, a CPU and a GPU each report in their own way, becomes
+    OutOfMemory(`doing`)."""
     try:
         yield
     except OutOfMemory:
@@ -451,27 +534,25 @@ def exit_code(
     program: str,
     smaller: str = "a smaller --micro-batch-size, --checkpoint-blocks all, or a smaller --rank",
 ) -> int:
-    """Run `work`; foreseeable failures become one line on stderr and the exit code that README lists.
+    """Run `work`; foreseeable failures become one line on stderr and the exit code that README
+    lists.
 
     smaller: the flags that save memory.
     """
 
     def fail(code: int, message: object) -> int:
         line = " ".join(str(message).split())[:2000]
-        line = "".join(
-            c if c.isprintable() else "?" for c in line
-        )  # a name from a file may hold anything, a terminal's colours included
-        print(
-            f"{program}{'' if processes.first() else f' (process {processes.rank()})'}: {line}",
-            file=sys.stderr,
-        )
+        # a name from a file may hold anything, a terminal's colours included
+        line = "".join(c if c.isprintable() else "?" for c in line)
+        who = "" if processes.first() else f" (process {processes.index()})"
+        print(f"{program}{who}: {line}", file=sys.stderr)
         return code
 
     if torch.__version__ < (2, 6):
         return fail(
             1,
-            f"torch {torch.__version__} is too old: before 2.6 a .bin file could run code in spite of weights_only=True "
-            "(CVE-2025-32434); pip install -r requirements.txt",
+            f"torch {torch.__version__} is too old: before 2.6 a .bin file could run code in spite "
+            "of weights_only=True (CVE-2025-32434); pip install -r requirements.txt",
         )
     try:
         with processes.joined(), naming_memory("while reading the model"):
@@ -494,7 +575,5 @@ def exit_code(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (OSError, SafetensorError) as e:
-        return fail(
-            1,
-            f"{e}; what was saved before is intact: mend that, then go on with --resume or the same command",
-        )
+        hint = "mend that, then go on with --resume or the same command"
+        return fail(1, f"{e}; what was saved before is intact: {hint}")

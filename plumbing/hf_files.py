@@ -1,8 +1,9 @@
 """Hugging Face checkpoint folders, in and out.
 
-This file knows bytes, tensor names and config keys. It knows no model: tensors come and go in dictionaries, under the
-names that llama.py and rora.py give their parameters. Nothing here runs code found in a file: safetensors cannot carry
-any, and pickles are opened with weights_only=True (safe since torch 2.6, hence the declared minimum).
+This file knows bytes, tensor names and config keys. It knows no model: tensors come and go in
+dictionaries, under the names that llama.py and rora.py give their parameters. Nothing here runs
+code found in a file: safetensors cannot carry any, and pickles are opened with weights_only=True
+(safe since torch 2.6, hence the declared minimum).
 
 Formats as written by transformers 4 and 5, PEFT 0.21, NVlabs/DoRA and AGI-Edgerunners/LLM-Adapters.
 """
@@ -29,7 +30,8 @@ SHARD_BYTES = 5_000_000_000  # what transformers puts into one file
 
 
 class CheckpointError(ValueError):
-    """A checkpoint, adapter or config file that cannot be used; the message says which, why, and what to do."""
+    """A checkpoint, adapter or config file that cannot be used; the message says which, why, and
+    what to do."""
 
 
 def refuse_pointer(path: Path) -> None:
@@ -51,11 +53,7 @@ def read_json(path: Path) -> dict:
         value = json.loads(path.read_bytes().decode("utf-8-sig"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
-    except (
-        OSError,
-        ValueError,
-        RecursionError,
-    ) as e:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+    except (OSError, ValueError, RecursionError) as e:  # not UTF-8 and not JSON are ValueErrors
         raise CheckpointError(f"{path}: not readable as JSON ({e})") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
@@ -63,7 +61,8 @@ def read_json(path: Path) -> dict:
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .bin or .pth file, mapped rather than read where the file allows. Never executes code."""
+    """The tensors of a .bin or .pth file, mapped rather than read where the file allows. Never
+    executes code."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's, about a file that is refused anyhow
@@ -75,13 +74,13 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
             f"{path}: refused: it holds more than tensors, or is damaged"
         ) from None
     except Exception as e:  # a damaged archive raises whatever its reader trips over
-        raise CheckpointError(f"{path}: not a readable torch file ({_first_line(e)})") from None
+        raise CheckpointError(f"{path}: not a readable torch file ({first_line(e)})") from None
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise CheckpointError(f"{path}: expected a dictionary of tensors")
     return state
 
 
-def _first_line(e: BaseException) -> str:
+def first_line(e: BaseException) -> str:
     return (str(e).splitlines() or [type(e).__name__])[0][:200]
 
 
@@ -91,9 +90,10 @@ def some(names) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-# --- base checkpoints ------------------------------------------------------------------------------
+# --- base checkpoints -----------------------------------------------------------------------------
 
 FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+WANTED = "weights must be fp16, bf16 or fp32"
 
 
 class TensorFiles:
@@ -125,7 +125,8 @@ class TensorFiles:
                 )
 
     def _find(self) -> tuple[list[Path], set[str] | None]:
-        """(weight files, names the index promises), in the order in which transformers looks for them."""
+        """(weight files, names the index promises), in the order in which transformers looks for
+        them."""
         for single, index in [
             ("model.safetensors", "model.safetensors.index.json"),
             ("pytorch_model.bin", "pytorch_model.bin.index.json"),
@@ -165,23 +166,20 @@ class TensorFiles:
             self._pickles[path] = read_pickle(path)
             for name, t in self._pickles[path].items():
                 if t.dtype not in FLOATS.values():
-                    raise CheckpointError(
-                        f"{path}: {name} is {t.dtype}; weights must be fp16, bf16 or fp32"
-                    )
+                    raise CheckpointError(f"{path}: {name} is {t.dtype}; {WANTED}")
                 yield name, tuple(t.shape), t.dtype
             return
         try:
             with safe_open(path, "pt") as file:
                 for name in file.keys():
                     view = file.get_slice(name)
-                    if view.get_dtype() not in FLOATS:
-                        raise CheckpointError(
-                            f"{path}: {name} is {view.get_dtype()}; weights must be fp16, bf16 or fp32"
-                        )
-                    yield name, tuple(view.get_shape()), FLOATS[view.get_dtype()]
+                    kind = view.get_dtype()
+                    if kind not in FLOATS:
+                        raise CheckpointError(f"{path}: {name} is {kind}; {WANTED}")
+                    yield name, tuple(view.get_shape()), FLOATS[kind]
         except (SafetensorError, OSError) as e:
             raise CheckpointError(
-                f"{path}: not a readable safetensors file ({_first_line(e)}): download it again"
+                f"{path}: not a readable safetensors file ({first_line(e)}): download it again"
             ) from None
 
     def require(self, want: dict[str, tuple[int, ...]]) -> None:
@@ -212,8 +210,9 @@ class TensorFiles:
             return file.get_tensor(stored).to(dtype or self.dtypes[name])
 
     def fingerprint(self) -> str:
-        """sha256 over config.json, the tokenizer, and each weight file's name, size and safetensors header: quick, and tells apart
-        any two checkpoints that differ in shape, precision or layout."""
+        """sha256 over config.json, the tokenizer, and each weight file's name, size and safetensors
+        header: quick, and tells apart any two checkpoints that differ in shape, precision or
+        layout."""
         digest = hashlib.sha256((self.folder / "config.json").read_bytes())
         there = [name for name in TOKENIZER_FILES if (self.folder / name).is_file()]
         if there:
@@ -229,10 +228,11 @@ class TensorFiles:
 def write_tensors(
     folder: Path, tensors: Mapping[str, Tensor], shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """model.safetensors, or shards of about `shard_bytes` with their index, under Hugging Face's names.
+    """model.safetensors, or shards of about `shard_bytes` with their index, under Hugging Face's
+    names.
 
-    `tensors` is asked for each tensor twice, once for its size and once to be written, so a mapping that makes them
-    on demand keeps one shard in memory.
+    `tensors` is asked for each tensor twice, once for its size and once to be written, so a mapping
+    that makes them on demand keeps one shard in memory.
     """
     shards: list[list[str]] = [[]]
     size = total = 0

@@ -1,5 +1,5 @@
-"""How much memory a training step takes: measured on one block rather than derived, so that it holds for any method,
-precision and attention kernel.
+"""How much memory a training step takes: measured on one block rather than derived, so that it
+holds for any method, precision and attention kernel.
 
 This file knows modules and bytes. It knows no methods.
 """
@@ -34,18 +34,19 @@ def largest_micro_batch(
 
 
 def saved_bytes(forward: Callable[[], Tensor]) -> int:
-    """What a forward pass leaves behind for its backward pass. Weights and other tensors that were there before do not
-    count: they are the ones that a second pass keeps again. Works on meta tensors."""
+    """What a forward pass leaves behind for its backward pass. Weights and other tensors that were
+    there before do not count: they are the ones that a second pass keeps again. Works on meta
+    tensors."""
     passes: list[dict[int, int]] = []
     outputs = []  # held until the count is done, or storages would be used twice
     for _ in range(2):
         kept: dict[int, int] = {}
 
         def pack(t: Tensor, kept=kept) -> Tensor:
-            kept[t.untyped_storage()._cdata] = (
-                t.untyped_storage().nbytes()
-            )  # which storage it is; on meta it has no address
-            return t.detach()  # t itself would close a circle with the node that made it: the block would never be freed
+            storage = t.untyped_storage()
+            kept[storage._cdata] = storage.nbytes()  # which it is; on meta it has no address
+            # t itself would close a circle with the node that made it, never to be freed
+            return t.detach()
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             outputs.append(forward())
@@ -59,9 +60,7 @@ class MemoryPlan:
 
     tokens: int  # in that micro-batch
     weights: int
-    adapters: (
-        int  # fp32 adapters, their gradients, AdamW's two moments, and copies in the base's dtype
-    )
+    adapters: int  # fp32, their gradients, AdamW's two moments, and copies in the base's dtype
     block: int  # what one block keeps for backward
     block_input: int  # what it keeps when it is recomputed instead
     logits: int
@@ -77,10 +76,10 @@ class MemoryPlan:
         )
 
     def kept_and_in_work(self, recomputed: int) -> int:
-        """Either at the head, with every other block's tensors kept, or when a recomputed block is in work and those are gone."""
-        gradients = int(
-            0.8 * self.block
-        )  # of a block's tensors, at the worst moment of its backward pass: measured, for several methods
+        """Either at the head, with every other block's tensors kept, or when a recomputed block is
+        in work and those are gone."""
+        # of a block's tensors, at the worst moment of its backward: measured, for several methods
+        gradients = int(0.8 * self.block)
         at_the_head = (self.blocks - recomputed) * self.block + max(self.logits, gradients)
         return max(at_the_head, self.block + gradients) if recomputed else at_the_head
 
@@ -90,19 +89,23 @@ class MemoryPlan:
 
     def parts(self, recomputed: int) -> str:
         """The terms of `total`, in words."""
-        kept = f"{self.blocks - recomputed} blocks of {self.block / 1e9:.3f}, "
-        inputs = (
-            f"{recomputed} recomputed ones of {self.block_input / 1e9:.3f} + " if recomputed else ""
-        )
+        kept = inputs = ""
+        if recomputed < self.blocks:
+            kept = f"{self.blocks - recomputed} blocks of {self.block / 1e9:.3f}, "
+        if recomputed:
+            inputs = f"{recomputed} recomputed ones of {self.block_input / 1e9:.3f} + "
         return (
-            f"{self.weights / 1e9:.2f} GB weights + {self.adapters / 1e9:.2f} adapters and AdamW + {inputs}"
-            f"{self.kept_and_in_work(recomputed) / 1e9:.2f} for {kept * (recomputed < self.blocks)}gradients and logits, "
-            f"at {self.tokens:,} tokens"
+            f"{self.weights / 1e9:.2f} GB weights + {self.adapters / 1e9:.2f} adapters and AdamW + "
+            f"{inputs}{self.kept_and_in_work(recomputed) / 1e9:.2f} for {kept}gradients and "
+            f"logits, at {self.tokens:,} tokens"
         )
 
 
 def plan(model: Llama, batch: Batch, logit_bytes: int) -> MemoryPlan:
-    """Run the first block on `batch`, with gradients as in training, and count. logit_bytes: of fp32 logits held at once."""
+    """Run the first block on `batch`, with gradients as in training, and count.
+
+    logit_bytes: of fp32 logits held at once.
+    """
     device = model.lm_head.weight.device
     rows = model.rows(batch.lengths)
     x = model.embed_tokens(batch.ids.to(device)).detach().requires_grad_()
@@ -117,8 +120,9 @@ def plan(model: Llama, batch: Batch, logit_bytes: int) -> MemoryPlan:
         block_input=x.nbytes,
         weights=sum(p.nbytes for p in model.parameters() if not p.requires_grad),
         adapters=sum(p.numel() * (16 + (size if size < 4 else 0)) for p in trained),
+        # fp32 logits, their gradient, the base's own; the final norm
         logits=int(slice_bytes * (2 + size / 4)) + 4 * x.numel() * 4,
-    )  # fp32 logits, their gradient, the base's own; the final norm
+    )
 
 
 def available(device: torch.device) -> int:

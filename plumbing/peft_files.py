@@ -1,26 +1,31 @@
-"""PEFT and LLM-Adapters adapter folders, in and out. Knows names and config keys; no model, no scale rule."""
+"""Adapter folders, in and out: PEFT's and LLM-Adapters' formats, and one of our own.
+
+This file knows file names, tensor names and config keys. It knows no model, no scale rule and no
+method's name: a method says in its row of METHODS (rora.py) how PEFT's config names it. A method
+that PEFT has no name for is written in a format of our own, tensors by our names and all settings
+in the config, under a peft_type that PEFT does not know and so refuses.
+"""
 
 import json
 import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from plumbing.hf_files import (  # noqa: F401
+from plumbing.hf_files import (
     FLOATS,
     CheckpointError,
-    _first_line,
+    first_line,
     read_json,
     read_pickle,
     refuse_pointer,
     some,
 )
-
-# --- adapters --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,7 @@ class AdapterSettings:
     dropout: float = 0.0
     base: str | None = None  # the base checkpoint's folder
     scaling: float | None = None  # what that rule gives; needed where PEFT has no name for the rule
+    file_format: str | None = None  # a row of FORMATS, if others have a name for the method
 
     @property
     def build(self) -> tuple:
@@ -42,16 +48,18 @@ class AdapterSettings:
         return self.method, self.rank, self.alpha, self.dropout, self.targets, self.scale
 
 
-KNOWN = (
-    "lora",
-    "rora",
-    "dora",
-    "series",
-    "parallel",
-    "prefix",
-)  # methods that PEFT's and LLM-Adapters' keys can tell
+OWN = "RORA_"  # begins a peft_type of ours
+FORMATS: dict[str, dict] = {  # what a config says beside the numbers
+    "lora": {"peft_type": "LORA"},
+    "dora": {"peft_type": "LORA", "use_dora": True},
+    "bottleneck": {"peft_type": "BOTTLENECK", "use_parallel_adapter": False},
+    "parallel bottleneck": {"peft_type": "BOTTLENECK", "use_parallel_adapter": True},
+    "prefix": {"peft_type": "PREFIX_TUNING"},
+}
+PEFT_SCALES = {"linear": False, "sqrt": True}  # PEFT's use_rslora
+LAYER_ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
-# Our parameter -> what follows the layer's name in a file. The first spelling is written; all are read.
+# Our parameter -> what follows the layer's name in a file. The first is written; all are read.
 SPELLINGS = {
     "lora_A": ["lora_A.weight"],
     "lora_B": ["lora_B.weight"],
@@ -90,85 +98,145 @@ FIXED = {
 }
 READ = {
     "LORA": {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora"},
-    "DORA": {"r", "lora_alpha", "lora_dropout", "target_modules"},
+    "DORA": {"r", "lora_alpha", "lora_dropout", "target_modules"},  # NVlabs/DoRA's
     "PREFIX_TUNING": {"num_virtual_tokens", "token_dim", "num_attention_heads", "num_layers"},
     "BOTTLENECK": {"bottleneck_size", "adapter_dropout", "target_modules", "use_parallel_adapter"},
+    OWN: {"method", "rank", "alpha", "scale", "dropout", "target_modules"},
 }
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+def peft_type(settings: AdapterSettings) -> str:
+    """PEFT's name for such an adapter; ours where PEFT has none for the method or its scale."""
+    known = settings.scale is None or settings.scale in PEFT_SCALES
+    if settings.file_format is None or not known:
+        return own_type(settings.method)
+    return FORMATS[settings.file_format]["peft_type"]
+
+
+def own_type(method: str) -> str:
+    return OWN + method.upper()
+
+
+def format_words(settings: AdapterSettings) -> str:
+    """How other programs call what is saved, for the start line."""
+    kind = peft_type(settings)
+    if kind == "LORA":
+        dora = "use_dora=true, " if "use_dora" in FORMATS[settings.file_format] else ""
+        return f"PEFT: {dora}use_rslora={str(PEFT_SCALES[settings.scale]).lower()}"
+    if kind.startswith(OWN):
+        return f"saved as {kind}, which PEFT does not read"
+    return f"{'LLM-Adapters' if kind == 'BOTTLENECK' else 'PEFT'}: {kind}"
 
 
 def write_adapter(
-    folder: str | Path, s: AdapterSettings, tensors: dict[str, Tensor], plain_scale: bool = False
+    folder: str | Path,
+    settings: AdapterSettings,
+    tensors: dict[str, Tensor],
+    plain_scale: bool = False,
 ) -> None:
-    """adapter_config.json and adapter_model.safetensors, as PEFT (and, for bottlenecks, LLM-Adapters) reads them.
+    """adapter_config.json and adapter_model.safetensors. The same adapter gives the same bytes.
 
-    plain_scale: write α·√r without `use_rslora`, for readers that ignore the flag and always divide by r. So are scales
-    written that PEFT does not know; a method of your own is named in the tensor file, where PEFT does not look.
+    plain_scale: as PEFT's LoRA, with the alpha that gives the same scale as alpha / r, whatever the
+    method's own rule is: for readers that ignore `use_rslora`.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    common = {"task_type": "CAUSAL_LM", "base_model_name_or_path": s.base, "inference_mode": True}
-    if s.method == "prefix":
-        k = [
-            tensors[f"layers.{i}.self_attn.prefix_{kv}"]
-            for i in range(len(tensors) // 2)
-            for kv in "kv"
-        ]  # (G, P, D)
-        G, P, D = k[0].shape
-        config = {
-            "peft_type": "PREFIX_TUNING",
-            "num_virtual_tokens": P,
-            "token_dim": G * D,
-            "num_attention_heads": G,
-            "num_layers": len(k) // 2,
-            "num_transformer_submodules": 1,
-            "encoder_hidden_size": G * D,
-            "prefix_projection": False,
-        }
-        named = {
-            "prompt_embeddings": torch.stack([x.transpose(0, 1) for x in k], 1).reshape(P, -1)
-        }  # (P, L·2·G·D)
+    kind = "LORA" if plain_scale else peft_type(settings)
+    if kind.startswith(OWN):
+        config, named = own_files(settings, tensors)
+    elif kind == "PREFIX_TUNING":
+        config, named = prefix_files(tensors)
     else:
-        if s.method in ("series", "parallel"):
-            config = {
-                "peft_type": "BOTTLENECK",
-                "bottleneck_size": s.rank,
-                "adapter_dropout": s.dropout,
-                "bias": "none",
-                "non_linearity": "tanh",
-                "scaling": 1.0,
-                "init_weights": "bert",
-                "use_parallel_adapter": s.method == "parallel",
-            }
-        else:
-            plain = plain_scale or s.scale not in ("linear", "sqrt")
-            config = {
-                "peft_type": "LORA",
-                "r": s.rank,
-                "lora_alpha": s.scaling * s.rank if plain else s.alpha,
-                "lora_dropout": s.dropout,
-                "bias": "none",
-                "fan_in_fan_out": False,
-                "init_lora_weights": True,
-            }
-            # Only where true: PEFT before 0.7 and 0.9 fails on a key that it does not know.
-            if s.scale == "sqrt" and not plain:
-                config["use_rslora"] = True
-            if any(name.endswith(".magnitude") for name in tensors):
-                config["use_dora"] = True
-        config["target_modules"] = list(s.targets)
-        named = {}
-        for name, tensor in tensors.items():
-            layer, _, parameter = name.rpartition(".")
-            named[f"base_model.model.model.{layer}.{SPELLINGS[parameter][0]}"] = tensor
-    own = (
-        {} if s.method in KNOWN else {"method": s.method, "scale": s.scale, "alpha": repr(s.alpha)}
-    )
-    save_file(
-        {n: t.detach().cpu().contiguous() for n, t in named.items()},
+        config = lora_config(settings, plain_scale) if kind == "LORA" else width_config(settings)
+        config["target_modules"] = list(settings.targets)
+        named = dict(map(peft_named, tensors.items()))
+    if not kind.startswith(OWN):
+        config |= FORMATS[settings.file_format or "lora"]
+    common = {
+        "peft_type": kind,
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": settings.base,
+        "inference_mode": True,
+    }
+    save_file(  # one key alone in its metadata: safetensors does not keep the order of several
+        {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()},
         folder / "adapter_model.safetensors",
-        {"format": "pt"} | own,
+        {"format": "pt"},
     )
-    (folder / "adapter_config.json").write_text(json.dumps(common | config, indent=2) + "\n")
+    text = json.dumps(common | config, indent=2) + "\n"
+    (folder / "adapter_config.json").write_text(text, encoding="utf-8")
+
+
+def lora_config(settings: AdapterSettings, plain_scale: bool) -> dict:
+    alpha = settings.scaling * settings.rank if plain_scale else settings.alpha
+    config = {
+        "r": settings.rank,
+        "lora_alpha": alpha,
+        "lora_dropout": settings.dropout,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+    }
+    # use_rslora, and use_dora of FORMATS, only where true: PEFT before 0.7 and 0.9 fails on a key
+    # that it does not know.
+    if PEFT_SCALES.get(settings.scale) and not plain_scale:
+        config["use_rslora"] = True
+    return config
+
+
+def width_config(settings: AdapterSettings) -> dict:
+    """LLM-Adapters' bottlenecks."""
+    return {
+        "bottleneck_size": settings.rank,
+        "adapter_dropout": settings.dropout,
+        "bias": "none",
+        "non_linearity": "tanh",
+        "scaling": 1.0,
+        "init_weights": "bert",
+    }
+
+
+def peft_named(item: tuple[str, Tensor]) -> tuple[str, Tensor]:
+    layer, _, parameter = item[0].rpartition(".")
+    return f"base_model.model.model.{layer}.{SPELLINGS[parameter][0]}", item[1]
+
+
+def prefix_files(tensors: dict[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
+    """PEFT keeps all layers' keys and values in one table, a row a token: (P, L·2·G·D)."""
+    layers = range(len(tensors) // 2)
+    kv = [tensors[f"layers.{i}.self_attn.prefix_{x}"] for i in layers for x in "kv"]  # (G, P, D)
+    G, P, D = kv[0].shape
+    config = {
+        "num_virtual_tokens": P,
+        "token_dim": G * D,
+        "num_attention_heads": G,
+        "num_layers": len(layers),
+        "num_transformer_submodules": 1,
+        "encoder_hidden_size": G * D,
+        "prefix_projection": False,
+    }
+    table = torch.stack([x.transpose(0, 1) for x in kv], 1).reshape(P, -1)
+    return config, {"prompt_embeddings": table}
+
+
+def own_files(
+    settings: AdapterSettings, tensors: dict[str, Tensor]
+) -> tuple[dict, dict[str, Tensor]]:
+    """Tensors by our names. Copies, as safetensors does not write one tensor under two names."""
+    config = {
+        "method": settings.method,
+        "rank": settings.rank,
+        "alpha": settings.alpha,
+        "scale": settings.scale,
+        "dropout": settings.dropout,
+        "target_modules": list(settings.targets),
+    }
+    return config, {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+# --- reading --------------------------------------------------------------------------------------
 
 
 def adapter_file(folder: Path) -> Path:
@@ -178,139 +246,226 @@ def adapter_file(folder: Path) -> Path:
     raise CheckpointError(f"{folder}: no adapter_model.safetensors or adapter_model.bin in it")
 
 
-def read_adapter(folder: str | Path) -> tuple[AdapterSettings, dict[str, Tensor]]:
-    """(settings, fp32 tensors by our names) of any adapter folder written by us, PEFT, NVlabs/DoRA or LLM-Adapters.
+class ConfigFile:
+    """adapter_config.json, its values taken with the checks that they need."""
 
-    Stricter than PEFT: a key whose meaning is not computed here, or that does not fit the tensors, is a CheckpointError
-    that names it.
-    """
-    folder = Path(folder)
-    path, where = adapter_file(folder), folder / "adapter_config.json"
-    config = read_json(where)
+    def __init__(self, path: Path):
+        self.path, self.values = path, read_json(path)
+        kind = self.values.get("peft_type")
+        self.own = isinstance(kind, str) and kind.startswith(OWN)
+        if not self.own and kind not in list(READ):
+            readable = [name for name in READ if name != OWN]
+            raise self.bad(f'"peft_type" is {kind!r}; this project reads {", ".join(readable)}')
+        self.kind: str = OWN if self.own else kind
+        for key in ("use_rslora", "use_dora", "use_parallel_adapter"):
+            if self.values.get(key) not in (None, True, False):
+                raise self.bad(f'"{key}" is {self.values[key]!r}, expected true or false')
+        for key, value in self.values.items():
+            known = key in READ[self.kind] | NEUTRAL
+            if key in FIXED and value not in FIXED[key] or not (known or key in FIXED) and value:
+                raise self.bad(f'"{key}" is {value!r}: not computed here')
 
-    def bad(what: str) -> CheckpointError:
-        return CheckpointError(f"{where}: {what}")
+    def bad(self, what: str) -> CheckpointError:
+        return CheckpointError(f"{self.path}: {what}")
 
-    def number(key: str, kind: type, least: float, default=None):
-        value = config.get(key, default)
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, (int, float))
-            or not least <= value < 1e9
-            or kind(value) != value
-        ):
-            raise bad(f'"{key}" is {value!r}')
+    def number(self, key: str, kind: type, least: float, default: float | None = None):
+        value = self.values.get(key, default)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not least <= value < 1e9 or kind(value) != value:
+            raise self.bad(f'"{key}" is {value!r}')
         return kind(value)
 
-    kind = config.get("peft_type")
-    if not isinstance(kind, str) or kind not in READ:
-        raise bad(f'"peft_type" is {kind!r}; this project reads {", ".join(READ)}')
-    for key in ("use_rslora", "use_dora", "use_parallel_adapter"):
-        if config.get(key) not in (None, True, False):
-            raise bad(f'"{key}" is {config[key]!r}, expected true or false')
-    for key, value in config.items():
-        if (
-            key in FIXED
-            and value not in FIXED[key]
-            or key not in READ[kind] | NEUTRAL | FIXED.keys()
-            and value
-        ):
-            raise bad(f'"{key}" is {value!r}: not computed here')
+    def dropout(self, key: str) -> float:
+        value = self.number(key, float, 0, 0.0)
+        if value >= 1:
+            raise self.bad(f"dropout is {value}")
+        return value
 
+    def text(self, key: str) -> str | None:
+        value = self.values.get(key)
+        return value if isinstance(value, str) else None
+
+    def targets(self, sat_on: set[str]) -> tuple[str, ...]:
+        """target_modules, which must be where the tensors sit; in our order."""
+        targets = self.values.get("target_modules")
+        names = isinstance(targets, list) and all(
+            isinstance(target, str) and re.fullmatch(r"\w+", target) for target in targets
+        )
+        if not names:
+            raise self.bad(f'"target_modules" is {targets!r}; expected a list of layer names')
+        if sat_on != set(targets):
+            tensors = f"but the tensors sit on {sorted(sat_on)}"
+            raise self.bad(f'"target_modules" is {sorted(targets)}, {tensors}')
+        return in_order(sat_on)
+
+
+def in_order(names: Iterable[str]) -> tuple[str, ...]:
+    place = {name: i for i, name in enumerate(LAYER_ORDER)}
+    return tuple(sorted(names, key=lambda name: (place.get(name, len(place)), name)))
+
+
+def read_adapter(folder: str | Path, methods: Mapping) -> tuple[AdapterSettings, dict[str, Tensor]]:
+    """(settings, fp32 tensors by our names) of any adapter folder written by us, PEFT, NVlabs/DoRA
+    or LLM-Adapters. methods: METHODS of rora.py, whose rows say which method a config names.
+
+    Stricter than PEFT: a key whose meaning is not computed here, or that does not fit the tensors,
+    is a CheckpointError that names it.
+    """
+    folder = Path(folder)
+    path = adapter_file(folder)
+    config = ConfigFile(folder / "adapter_config.json")
+    readers: dict[str, Callable] = {
+        "LORA": read_lora,
+        "DORA": read_lora,
+        "BOTTLENECK": read_width,
+        "PREFIX_TUNING": read_prefix,
+        OWN: read_own,
+    }
+    return readers[config.kind](config, path, read_tensors(path), methods)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
     refuse_pointer(path)
     try:
-        raw = load_file(path) if path.suffix == ".safetensors" else read_pickle(path)
+        tensors = load_file(path) if path.suffix == ".safetensors" else read_pickle(path)
     except (SafetensorError, OSError) as e:
         raise CheckpointError(
-            f"{path}: not a readable safetensors file ({_first_line(e)})"
+            f"{path}: not a readable safetensors file ({first_line(e)})"
         ) from None
-    for name, t in raw.items():
-        if t.dtype not in FLOATS.values():
-            raise CheckpointError(f"{path}: {name} is {t.dtype}, expected floating point")
-        if not torch.isfinite(t).all():
+    for name, tensor in tensors.items():
+        if tensor.dtype not in FLOATS.values():
+            raise CheckpointError(f"{path}: {name} is {tensor.dtype}, expected floating point")
+        if not torch.isfinite(tensor).all():
             raise CheckpointError(f"{path}: {name} holds NaN or infinity")
-    base = config.get("base_model_name_or_path")
-    base = base if isinstance(base, str) else None
+    return {name: tensor.float() for name, tensor in tensors.items()}
 
-    if kind == "PREFIX_TUNING":
-        P, width = number("num_virtual_tokens", int, 1), number("token_dim", int, 1)
-        G, L = number("num_attention_heads", int, 1), number("num_layers", int, 1)
-        found = {n: tuple(t.shape) for n, t in raw.items()}
-        if found != {"prompt_embeddings": (P, L * 2 * width)} or width % G:
-            raise CheckpointError(
-                f"{path}: expected prompt_embeddings {(P, L * 2 * width)} in {G} heads, found {found}"
-            )
-        kv = (
-            raw["prompt_embeddings"].float().view(P, 2 * L, G, width // G).permute(1, 2, 0, 3)
-        )  # (2L, G, P, D)
-        tensors = {
-            f"layers.{i // 2}.self_attn.prefix_{'kv'[i % 2]}": kv[i].contiguous()
-            for i in range(2 * L)
-        }
-        return AdapterSettings("prefix", P, ("self_attn",), base=base), tensors
 
+def method_named(config: ConfigFile, file_format: str, scale: str | None, methods: Mapping) -> str:
+    """The row that is saved like this; of several the one whose own scale it is."""
+    rows = {name: row for name, row in methods.items() if row.file_format == file_format}
+    own = [name for name, row in rows.items() if row.layer.scale == scale]
+    other = [name for name, row in rows.items() if scale in row.other_scales]
+    if not own + other:
+        raise config.bad("no method here is saved like this; see METHODS in rora.py")
+    return (own + other)[0]
+
+
+def read_prefix(config: ConfigFile, path: Path, raw: dict[str, Tensor], methods: Mapping):
+    P, width = config.number("num_virtual_tokens", int, 1), config.number("token_dim", int, 1)
+    G, L = config.number("num_attention_heads", int, 1), config.number("num_layers", int, 1)
+    found, want = {n: tuple(t.shape) for n, t in raw.items()}, (P, L * 2 * width)
+    if found != {"prompt_embeddings": want} or width % G:
+        raise CheckpointError(
+            f"{path}: expected prompt_embeddings {want} in {G} heads, found {found}"
+        )
+    kv = raw["prompt_embeddings"].view(P, 2 * L, G, width // G).permute(1, 2, 0, 3)  # (2L, G, P, D)
+    tensors = {}
+    for i in range(2 * L):
+        tensors[f"layers.{i // 2}.self_attn.prefix_{'kv'[i % 2]}"] = kv[i].contiguous()
+    kind = "prefix"
+    settings = AdapterSettings(
+        method=method_named(config, kind, None, methods),
+        rank=P,
+        targets=("self_attn",),
+        base=config.text("base_model_name_or_path"),
+        file_format=kind,
+    )
+    return settings, tensors
+
+
+def read_layers(path: Path, raw: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors that sit on layers, by our names."""
     tensors = {}
     for name, tensor in raw.items():
         match = re.fullmatch(r"base_model\.model\.model\.(layers\.\d+\.\w+\.\w+)\.(.+)", name)
         ours = [p for p, spellings in SPELLINGS.items() if match and match[2] in spellings]
         if not ours:
             raise CheckpointError(f"{path}: unexpected tensor {name}")
-        tensors[f"{match[1]}.{ours[0]}"] = (
-            tensor.float().reshape(-1) if ours[0] == "magnitude" else tensor.float()
-        )
-    targets = config.get("target_modules")
-    if not isinstance(targets, list) or not all(
-        isinstance(t, str) and re.fullmatch(r"\w+", t) for t in targets
-    ):
-        raise bad(f'"target_modules" is {targets!r}; expected a list of layer names')
-    found = {name.split(".")[-2] for name in tensors}
-    if found != set(targets):
-        raise bad(f'"target_modules" is {sorted(targets)}, but the tensors sit on {sorted(found)}')
-    order = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    targets = tuple(sorted(found, key=lambda t: (order.index(t) if t in order else 9, t)))
+        flat = ours[0] == "magnitude"
+        tensors[f"{match[1]}.{ours[0]}"] = tensor.reshape(-1) if flat else tensor
+    return tensors
 
-    if kind == "BOTTLENECK":
-        size, key = number("bottleneck_size", int, 1), "bottleneck_size"
-        method, alpha, scale = (
-            "parallel" if config.get("use_parallel_adapter") else "series",
-            None,
-            None,
-        )
-        if method == "series" and targets != ("down_proj",):
-            raise bad(
-                f'"target_modules" is {list(targets)}: series adapters are computed on down_proj alone'
-            )
-        dropout, allowed = (
-            number("adapter_dropout", float, 0, 0.0),
-            {"adapter_down": 0, "adapter_up": 1},
-        )
-    else:
-        size, key, alpha = number("r", int, 1), "r", number("lora_alpha", float, 0)
-        dora, scale = (
-            kind == "DORA" or bool(config.get("use_dora")),
-            "sqrt" if config.get("use_rslora") else "linear",
-        )
-        method = "dora" if dora else "rora" if scale == "sqrt" else "lora"
-        dropout, allowed = (
-            number("lora_dropout", float, 0, 0.0),
-            {"lora_A": 0, "lora_B": 1} | ({"magnitude": None} if dora else {}),
-        )
+
+def layers_of(tensors: dict[str, Tensor]) -> set[str]:
+    return {name.split(".")[-2] for name in tensors}
+
+
+def check_shapes(
+    config: ConfigFile, path: Path, tensors: dict, kind: str, key: str, allowed: dict
+) -> None:
+    """allowed: parameter -> the axis that is as long as config[key], or None for a vector."""
     for name, tensor in tensors.items():
         parameter = name.rpartition(".")[2]
         if parameter not in allowed:
-            raise bad(
-                f"describes {method}, but the file holds {name}"
-                + (': is "use_dora" missing?' if parameter == "magnitude" else "")
-            )
-        if tensor.dim() != (1 if parameter == "magnitude" else 2):
+            hint = ': is "use_dora" missing?' if parameter == "magnitude" else ""
+            raise config.bad(f"describes {kind}, but the file holds {name}{hint}")
+        axis = allowed[parameter]
+        if tensor.dim() != (1 if axis is None else 2):
             raise CheckpointError(f"{path}: {name} has shape {tuple(tensor.shape)}")
-        if parameter != "magnitude" and tensor.shape[allowed[parameter]] != size:
-            raise bad(f'"{key}" is {size}, but {name} has shape {tuple(tensor.shape)}')
-    if dropout >= 1:
-        raise bad(f"dropout is {dropout}")
-    if path.suffix == ".safetensors":
-        with safe_open(path, "pt") as file:
-            own = file.metadata() or {}
-        if own.keys() >= {"method", "scale", "alpha"}:
-            method, scale, alpha = own["method"], own["scale"], float(own["alpha"])
-    return AdapterSettings(method, size, targets, alpha, scale, dropout, base), tensors
+        if axis is not None and tensor.shape[axis] != config.values[key]:
+            what = f"{name} has shape {tuple(tensor.shape)}"
+            raise config.bad(f'"{key}" is {config.values[key]}, but {what}')
+
+
+def read_lora(config: ConfigFile, path: Path, raw: dict[str, Tensor], methods: Mapping):
+    tensors = read_layers(path, raw)
+    targets = config.targets(layers_of(tensors))
+    rank, alpha = config.number("r", int, 1), config.number("lora_alpha", float, 0)
+    allowed: dict[str, int | None] = {"lora_A": 0, "lora_B": 1}
+    kind, scale = "lora", "sqrt" if config.values.get("use_rslora") else "linear"
+    if config.kind == "DORA" or config.values.get("use_dora"):
+        kind = "dora"
+        allowed["magnitude"] = None
+    method = method_named(config, kind, scale, methods)
+    check_shapes(config, path, tensors, method, "r", allowed)
+    settings = AdapterSettings(
+        method=method,
+        rank=rank,
+        targets=targets,
+        alpha=alpha,
+        scale=scale,
+        dropout=config.dropout("lora_dropout"),
+        base=config.text("base_model_name_or_path"),
+        file_format=kind,
+    )
+    return settings, tensors
+
+
+def read_width(config: ConfigFile, path: Path, raw: dict[str, Tensor], methods: Mapping):
+    tensors = read_layers(path, raw)
+    targets = config.targets(layers_of(tensors))
+    rank = config.number("bottleneck_size", int, 1)
+    kind = "parallel bottleneck" if config.values.get("use_parallel_adapter") else "bottleneck"
+    method = method_named(config, kind, None, methods)
+    layer = methods[method].layer
+    if not layer.any_target and set(targets) != set(layer.targets):
+        alone = f"{method} adapters are computed on {some(layer.targets)} alone"
+        raise config.bad(f'"target_modules" is {list(targets)}: {alone}')
+    allowed = {"adapter_down": 0, "adapter_up": 1}
+    check_shapes(config, path, tensors, method, "bottleneck_size", allowed)
+    settings = AdapterSettings(
+        method=method,
+        rank=rank,
+        targets=targets,
+        dropout=config.dropout("adapter_dropout"),
+        base=config.text("base_model_name_or_path"),
+        file_format=kind,
+    )
+    return settings, tensors
+
+
+def read_own(config: ConfigFile, path: Path, raw: dict[str, Tensor], methods: Mapping):
+    method, alpha = config.text("method"), config.values.get("alpha")
+    if method not in methods or config.values["peft_type"] != own_type(method):
+        raise config.bad(f"METHODS in rora.py has no row for the method {method!r}")
+    settings = AdapterSettings(
+        method=method,
+        rank=config.number("rank", int, 1),
+        targets=config.targets(layers_of(raw)),
+        alpha=None if alpha is None else config.number("alpha", float, 0),
+        scale=config.text("scale"),
+        dropout=config.dropout("dropout"),
+        base=config.text("base_model_name_or_path"),
+        file_format=methods[method].file_format,
+    )
+    return settings, raw

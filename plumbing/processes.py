@@ -1,8 +1,10 @@
-"""One process a GPU, under `torchrun --nproc_per_node=N rora.py ...`. With one process, everything here does nothing.
+"""One process a GPU, under `torchrun --nproc_per_node=N rora.py ...`. With one process, everything
+here does nothing.
 
-Every process holds the whole model and knows the whole batch; it runs its share of the records, and the adapters'
-gradients are added up. As the loss is already divided by the whole batch's targets, the sum is the single process's
-gradient, and all processes make the same step. Process 0 alone writes.
+Every process holds the whole model and knows the whole batch; it runs its share of the records, and
+the adapters' gradients are added up. As the loss is already divided by the whole batch's targets,
+the sum is the single process's gradient, and all processes make the same step. Process 0 alone
+writes.
 """
 
 import os
@@ -16,7 +18,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 
-def rank() -> int:
+def index() -> int:
+    """This process's number, from 0; RANK is torchrun's word for it."""
     return int(os.environ.get("RANK", 0))
 
 
@@ -26,12 +29,13 @@ def world() -> int:
 
 def first() -> bool:
     """Whether this process is the one that writes and prints."""
-    return rank() == 0
+    return index() == 0
 
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """Meet the other processes, and let process 0 alone speak. If one dies, the others fail at their next meeting."""
+    """Meet the other processes, and let process 0 alone speak. If one dies, the others fail at
+    their next meeting."""
     if world() == 1:
         yield
         return
@@ -47,8 +51,9 @@ def joined() -> Iterator[None]:
         yield
     except RuntimeError as e:
         if "gloo" in str(e) or "NCCL" in str(e):
+            what = str(e).splitlines()[0][:120]
             raise ConnectionError(
-                f"lost another process of the {world()} ({str(e).splitlines()[0][:120]}); see its own message"
+                f"lost another process of the {world()} ({what}); see its own message"
             ) from None
         raise
     finally:
@@ -57,8 +62,9 @@ def joined() -> Iterator[None]:
 
 
 def share(items: list) -> list:
-    """This process's part of a list; the parts cover it without overlap, and the first is the longest."""
-    return items[rank() :: world()]
+    """This process's part of a list; the parts cover it without overlap, and the first is the
+    longest."""
+    return items[index() :: world()]
 
 
 def add(t: Tensor) -> Tensor:
@@ -70,11 +76,9 @@ def add(t: Tensor) -> Tensor:
 
 def total(value: float, device: torch.device) -> float:
     """Sum a number over processes."""
-    return (
-        value
-        if world() == 1
-        else add(torch.tensor(value, dtype=torch.float64, device=device)).item()
-    )
+    if world() == 1:
+        return value
+    return add(torch.tensor(value, dtype=torch.float64, device=device)).item()
 
 
 def add_gradients(params: list[nn.Parameter]) -> None:

@@ -1,10 +1,11 @@
-"""The run folder: what is written where, so that a crash at any instant leaves the last good state loadable.
+"""The run folder: what is written where, so that a crash at any instant leaves the last good state
+loadable.
 
 This file knows folders, files and signals. It does not know what the tensors in them mean.
 
     runs/<name>/run.json                    settings, versions, fingerprints
                 metrics.jsonl               one line a step
-                checkpoints/step-000080/    complete, with MANIFEST.json (sha256 of every file), or absent
+                checkpoints/step-000080/    complete, with MANIFEST.json (sha256 of each), or absent
                 .lock                       held by the process that writes here
 """
 
@@ -23,7 +24,8 @@ MANIFEST = "MANIFEST.json"
 
 
 class RunError(ValueError):
-    """A run folder that cannot be used as asked: it exists, is locked, not writable, or was made with other settings."""
+    """A run folder that cannot be used as asked: it exists, is locked, not writable, or was made
+    with other settings."""
 
 
 def sha256(path: Path) -> str:
@@ -35,7 +37,8 @@ def sha256(path: Path) -> str:
 
 
 def fsync(path: Path) -> None:
-    """Ask the disk itself to hold a file's bytes or a folder's list of names: a rename alone promises neither."""
+    """Ask the disk itself to hold a file's bytes or a folder's list of names: a rename alone
+    promises neither."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -43,7 +46,7 @@ def fsync(path: Path) -> None:
         os.close(fd)
 
 
-def sweep(folder: Path) -> None:
+def remove_debris(folder: Path) -> None:
     """Remove what a crash left half-written."""
     for leftover in folder.glob(".tmp-*"):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
@@ -124,12 +127,13 @@ def lock(folder: Path) -> Iterator[None]:
         yield
 
 
-# --- checkpoints -----------------------------------------------------------------------------------
+# --- checkpoints ----------------------------------------------------------------------------------
 
 
 @contextmanager
 def new_checkpoint(run: Path, step: int, keep: int = 2) -> Iterator[Path]:
-    """Yield a folder to fill for checkpoints/step-<step>; afterwards drop all but the newest `keep` checkpoints."""
+    """Yield a folder to fill for checkpoints/step-<step>; afterwards drop all but the newest `keep`
+    checkpoints."""
     target = run / "checkpoints" / f"step-{step:06}"
     with new_folder(target) as folder:
         yield folder
@@ -178,18 +182,18 @@ def newest_intact(run: Path) -> tuple[Path | None, list[str]]:
     return None, complaints
 
 
-# --- metrics ---------------------------------------------------------------------------------------
+# --- metrics --------------------------------------------------------------------------------------
 
 
 class Metrics:
-    """metrics.jsonl, a line an event, cut back to `step` on opening: rows after the checkpoint will be made again."""
+    """metrics.jsonl, a line an event, cut back to `step` on opening: rows after the checkpoint will
+    be made again."""
 
     def __init__(self, path: Path, step: int = 0):
-        kept = (
-            [line for line in path.read_text(errors="replace").splitlines() if _step(line) <= step]
-            if step and path.exists()
-            else []
-        )
+        kept = []
+        if step and path.exists():
+            lines = path.read_text(errors="replace").splitlines()
+            kept = [line for line in lines if _step(line) <= step]
         write_text(path, "".join(line + "\n" for line in kept))
         self.file = path.open("a", encoding="utf-8")
 
@@ -212,11 +216,12 @@ def _step(line: str) -> float:
         return float("inf")  # a line cut short by a crash
 
 
-# --- signals ---------------------------------------------------------------------------------------
+# --- signals --------------------------------------------------------------------------------------
 
 
 class Stopped(Exception):
-    """Raised between two steps once the state is saved. code: 130 after Ctrl-C, 143 after a polite kill."""
+    """Raised between two steps once the state is saved. code: 130 after Ctrl-C, 143 after a polite
+    kill."""
 
     def __init__(self, code: int):
         self.code = code
@@ -224,7 +229,8 @@ class Stopped(Exception):
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Yield a list that is empty until SIGINT or SIGTERM arrives, then holds the exit code. A second one ends at once."""
+    """Yield a list that is empty until SIGINT or SIGTERM arrives, then holds the exit code. A
+    second one ends at once."""
     received: list[int] = []
 
     def note(number, frame):

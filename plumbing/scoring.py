@@ -24,8 +24,7 @@ from data import (
     offered_answers,
 )
 from llama import Llama, generate
-from plumbing import memory, processes
-from plumbing import run_folder as runs
+from plumbing import memory, processes, run_folder
 from plumbing.finding import (
     find_adapter,
     find_tokenizer,
@@ -69,7 +68,7 @@ def answer_questions(
     """Generate what `file` does not hold yet, a line a question: {"number", "prompt_tokens", "generation"}.
 
     Longest prompts first, so that rows of a batch are nearly equal and a lack of memory shows at once. Raises
-    runs.Stopped after the batch in which a signal came; finished lines stay.
+    run_folder.Stopped after the batch in which a signal came; finished lines stay.
     """
     prompts = {i: judge.encode_question(e, tokenizer, style) for i, e in enumerate(examples)}
     batch_size = batch_size or fitting_batch(model, max(map(len, prompts.values())))
@@ -110,7 +109,7 @@ def answer_questions(
                 bar.update()
             lines.flush()
             if processes.anyone(bool(stop), model.lm_head.weight.device):
-                raise runs.Stopped(stop[0] if stop else 143)
+                raise run_folder.Stopped(stop[0] if stop else 143)
 
 
 def question_bytes(model: Llama, longest: int) -> int:
@@ -145,7 +144,7 @@ def read_generations(file: Path) -> dict[int, str]:
             found[row["number"] - 1] = row["generation"]
         except (ValueError, KeyError, TypeError, RecursionError):
             if processes.first():
-                runs.write_text(file, "".join(lines[: lines.index(line)]))
+                run_folder.write_text(file, "".join(lines[: lines.index(line)]))
             break
     return found
 
@@ -367,19 +366,19 @@ def score(args: argparse.Namespace) -> int:
         if args.out
         else (folder or Path("runs") / f"{Path(ckpt).name}-base") / "eval"
     )
-    runs.check_writable(out)
+    run_folder.check_writable(out)
     identity = {
-        "adapter_sha256": runs.sha256(adapter_file(folder)) if folder else None,
+        "adapter_sha256": run_folder.sha256(adapter_file(folder)) if folder else None,
         "base_sha256": TensorFiles(base).fingerprint(),
         "decode": DECODE,
         "prompt": style,
         "dtype": dtype,
-        **{f"{task}_sha256": runs.sha256(find_test_file(data, task)) for task in tests},
+        **{f"{task}_sha256": run_folder.sha256(find_test_file(data, task)) for task in tests},
     }
     check_same(out, identity)
     model, merged = open_model(folder, ckpt, device, dtype)
-    if folder and runs.sha256(adapter_file(folder)) != identity["adapter_sha256"]:
-        raise runs.RunError(
+    if folder and run_folder.sha256(adapter_file(folder)) != identity["adapter_sha256"]:
+        raise run_folder.RunError(
             f"{folder} was replaced while it was read, by a training that still runs; score it again"
         )
     results = {
@@ -391,10 +390,13 @@ def score(args: argparse.Namespace) -> int:
         "limit": args.limit,
     }
     processes.wait()  # all have looked at the folder before the first writes there
-    with runs.lock(out) if processes.first() else nullcontext(), runs.stop_signals() as stop:
+    with (
+        run_folder.lock(out) if processes.first() else nullcontext(),
+        run_folder.stop_signals() as stop,
+    ):
         if processes.first():
-            runs.sweep(out)
-            runs.write_json(out / "settings.json", check_same(out, identity))
+            run_folder.remove_debris(out)
+            run_folder.write_json(out / "settings.json", check_same(out, identity))
             if (out / "results.json").is_file() and (before := read_json(out / "results.json")).get(
                 "limit"
             ) == args.limit:
@@ -421,15 +423,15 @@ def score(args: argparse.Namespace) -> int:
                 scores = results["tasks"] | {task: row}  # with those of tasks scored before
                 results["tasks"] = {t: scores[t] for t in TASKS if t in scores}
                 results["mean"] = judge.mean(results["tasks"])
-                runs.write_json(out / "results.json", results)
-        except runs.Stopped as e:
+                run_folder.write_json(out / "results.json", results)
+        except run_folder.Stopped as e:
             print("stopped; finished answers are kept; to go on: the same command again")
             return e.code
         if not processes.first():
             return 0
         table = judge.task_table(results["tasks"])
         title = f"{folder or ckpt + ' (base model)'}: {DECODE}, {style} prompt, {dtype}, {'merged' if merged else 'not merged'}"
-        runs.write_text(out / "results.md", f"{title}\n\n{table}\n")
+        run_folder.write_text(out / "results.md", f"{title}\n\n{table}\n")
     shown: list[str] = []
     for good in (True, False):
         found = [judge.show_answer(task, examples, good) for task, examples in tests.items()]
@@ -452,9 +454,11 @@ def check_same(out: Path, identity: dict) -> dict:
                 if changed[0] == "adapter_sha256"
                 else ", ".join(f"{k} {before.get(k)}" for k in changed)
             )
-            raise runs.RunError(f"{out} holds scores of {what}; move or delete it to score anew")
+            raise run_folder.RunError(
+                f"{out} holds scores of {what}; move or delete it to score anew"
+            )
     elif any(out.glob("*.jsonl")):
-        raise runs.RunError(
+        raise run_folder.RunError(
             f"{out} holds answers of unknown origin; move or delete it to score anew"
         )
     return before | identity

@@ -47,6 +47,16 @@ MAY_IMPORT = {
         "plumbing.peft_files",
         "plumbing.run_folder",
     },
+    "plumbing.training": {
+        "data",
+        "llama",
+        "rora",
+        "plumbing.flags",
+        "plumbing.peft_files",
+        "plumbing.processes",
+        "plumbing.refuse",
+        "plumbing.run_folder",
+    },
     "plumbing.scoring": {
         "data",
         "eval",
@@ -73,6 +83,7 @@ MAY_IMPORT = {
         "plumbing.processes",
         "plumbing.refuse",
         "plumbing.run_folder",
+        "plumbing.training",
     },
 }
 RUN_TIME = {"torch", "sentencepiece", "safetensors", "tqdm"}

@@ -6,11 +6,13 @@ import json
 import pytest
 import torch
 from conftest import shake, write_checkpoint, write_records
+from torch import nn
 
 import eval as judge
 import rora
 from data import Record
 from llama import Llama, LlamaConfig, generate
+from plumbing.hf_files import CheckpointError
 from rora import (
     METHODS,
     LoRALinear,
@@ -185,3 +187,40 @@ def test_a_scale_is_one_line_in_SCALES(tiny, tmp_path, monkeypatch):
     load_adapter(fresh, tmp_path)
     assert {layer.scaling for layer in wrappers(fresh).values()} == {8 / 2}
     assert torch.equal(fresh(IDS), tiny(IDS))
+
+
+# --- a method that PEFT has no name for -----------------------------------------------------------
+
+
+class OutputGain(nn.Module):
+    """y = (1 + g) · W x: a method whose tensors are nothing like LoRA's."""
+
+    base_type, targets, any_target, alpha, scale = nn.Linear, ("o_proj",), True, None, None
+
+    def __init__(self, base, rank, alpha=None, dropout=0.0):
+        super().__init__()
+        self.base, self.rank, self.dropout = base, rank, nn.Dropout(dropout)
+        self.gain = nn.Parameter(torch.zeros(base.out_features, device=base.weight.device))
+
+    def forward(self, x):
+        return (1 + self.gain) * self.base(x)
+
+
+def test_a_method_that_peft_has_no_name_for_is_saved_under_one_that_peft_refuses(
+    tiny, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(METHODS, "gain", Method(OutputGain))
+    fresh = copy.deepcopy(tiny)
+    attach(tiny, "gain", 1)
+    shake(tiny)
+    save_adapter(tiny, tmp_path / "a")
+    save_adapter(tiny, tmp_path / "b")
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert config["peft_type"] == "RORA_GAIN"
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    load_adapter(fresh, tmp_path / "a")
+    assert torch.equal(fresh(IDS), tiny(IDS))
+    monkeypatch.delitem(METHODS, "gain")
+    with pytest.raises(CheckpointError, match="no row for the method 'gain'"):
+        load_adapter(copy.deepcopy(tiny), tmp_path / "a")

@@ -23,7 +23,7 @@ import rora
 from data import format_prompt
 from llama import Llama, LlamaConfig, save_llama
 from plumbing import hf_files as checkpoints
-from plumbing import jobs, peft_files
+from plumbing import jobs, peft_files, training
 from plumbing import run_folder as runs
 
 torch.set_num_threads(1)  # tensors this small are slower on two busy cores than on one
@@ -264,7 +264,7 @@ def watched_disk(on):
         )
         before(Path, "write_text", lambda path, *_: path, writes=True)
         before(runs.Metrics, "write", lambda metrics, **row: metrics.file.name, writes=True)
-        for module in (checkpoints, peft_files, jobs):
+        for module in (checkpoints, peft_files, jobs, training):
             before(module, "save_file", lambda tensors, path, *_: path, writes=True)
         yield
 
