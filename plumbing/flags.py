@@ -114,7 +114,8 @@ class Settings:
             if fits and isinstance(value, (int, float)):
                 least = 0 if f.name in MAY_BE_ZERO else math.nextafter(0, 1)
                 fits = least <= value < 2**63
-            if not fits or value not in CHOICES.get(f.name, [value]):
+            known = value is None or value in CHOICES.get(f.name, [value])
+            if not fits or not known:
                 raise ValueError(f"{f.name} is {value!r}")
         if not all(isinstance(target, str) for target in settings.targets):
             raise ValueError(f"targets is {settings.targets!r}")
@@ -123,9 +124,9 @@ class Settings:
 
 MAY_CHANGE = {"micro_batch_size", "checkpoint_blocks"}
 MAY_BE_ZERO = {"dropout", "warmup", "val_size", "seed", "checkpoint_blocks"}
-CHOICES = {
-    "method": tuple(METHODS),
-    "scale": (None, *SCALES),
+CHOICES = {  # the tables themselves: a row that is added later counts
+    "method": METHODS,
+    "scale": SCALES,
     "loss": LOSSES,
     "prompt": PROMPTS,
     "dtype": tuple(DTYPES),

@@ -1,18 +1,26 @@
-"""What every method promises, whatever its mathematics. A new row in METHODS is tested unasked."""
+"""What every method promises, whatever its mathematics. A new row in METHODS is tested unasked.
+
+VeRA is the example of a method of one's own. It is not in METHODS; the tests add its one row, and
+ask of it all that they ask of the others. Its tensors are not LoRA's: the matrices are frozen, and
+the same in every layer of one shape; two vectors are trained.
+"""
 
 import copy
+import functools
 import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import shake, write_checkpoint, write_records
-from torch import nn
+from torch import Tensor, nn
 
 import eval as judge
 import rora
 from data import Record
 from llama import Llama, LlamaConfig, generate
 from plumbing.hf_files import CheckpointError
+from plumbing.jobs import start_line
 from rora import (
     METHODS,
     LoRALinear,
@@ -31,8 +39,53 @@ IDS = torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(1))
 LENGTHS_AND_SPLITS = [(9, 1), (5, 1), (12, 6), (7, 1), (4, 2)]
 
 
-@pytest.fixture(params=METHODS)
-def method(request) -> str:
+@functools.cache
+def shared_matrices(rank: int, width_in: int, width_out: int) -> tuple[Tensor, Tensor]:
+    """A (r, I) and B (O, r), random, the same whenever they are asked for."""
+    generator = torch.Generator().manual_seed(0)
+    A = torch.empty(rank, width_in).uniform_(-1, 1, generator=generator) / width_in**0.5
+    B = torch.empty(width_out, rank).uniform_(-1, 1, generator=generator) / rank**0.5
+    return A, B
+
+
+class VeRALinear(nn.Module):
+    """y = W x + b ∘ B (d ∘ A x): A, B frozen and shared, the vectors d (r) and b (O) trained.
+
+    VeRA, arXiv 2310.11454, Eq. 2. d starts at 0.1 and b at 0, so the update starts at 0.
+    """
+
+    base_type = nn.Linear
+    targets = ("q_proj", "v_proj")
+    any_target = True
+    alpha = scale = None
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float | None, dropout: float = 0.0):
+        super().__init__()
+        self.base, self.rank, self.dropout = base, rank, nn.Dropout(dropout)
+        device = base.weight.device
+        self.vera_d = nn.Parameter(torch.full((rank,), 0.1, device=device))
+        self.vera_b = nn.Parameter(torch.zeros(base.out_features, device=device))
+
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        A, B = shared_matrices(self.rank, self.base.in_features, self.base.out_features)
+        return A.to(self.base.weight), B.to(self.base.weight)
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., I) -> (..., O)
+        A, B = self.matrices()
+        low = self.vera_d.to(x.dtype) * F.linear(self.dropout(x), A)  # (..., r)
+        return self.base(x) + self.vera_b.to(x.dtype) * F.linear(low, B)
+
+    @torch.no_grad()
+    def merged_weight(self) -> Tensor:  # (O, I), fp32
+        A, B = (t.float() for t in self.matrices())
+        return self.base.weight.float() + self.vera_b[:, None] * (B * self.vera_d) @ A
+
+
+@pytest.fixture(params=[*METHODS, "vera"])
+def method(request, monkeypatch) -> str:
+    """Each method's name. VeRA's row is there as long as the test lasts."""
+    if request.param == "vera":
+        monkeypatch.setitem(METHODS, "vera", Method(VeRALinear, rank=256, lr=1e-2))
     return request.param
 
 
@@ -43,7 +96,7 @@ def drops_out(method: str) -> bool:
 # --- in memory ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["lora", "rora", "dora"], indirect=True)
+@pytest.mark.parametrize("method", ["lora", "rora", "dora", "vera"], indirect=True)
 def test_training_starts_from_the_base_model(tiny, method):
     """The others start from random numbers: near the base model, or at a prefix of noise."""
     before = tiny(IDS)
@@ -171,7 +224,49 @@ def test_a_run_trains_saves_and_is_scored(world, tmp_path, method, capsys):
     assert results["merged"] == hasattr(METHODS[method].layer, "merged_weight")
 
 
-# --- a scale of one's own ------------------------------------------------------------------------
+# --- a method, a scale of one's own ---------------------------------------------------------------
+
+
+VERA = pytest.mark.parametrize("method", ["vera"], indirect=True)
+
+
+@VERA
+def test_vera_is_the_formula(tiny, method):
+    attach(tiny, method, 4)
+    shake(tiny)
+    layer, x = tiny.layers[1].self_attn.v_proj, torch.randn(5, 32)
+    A, B = shared_matrices(4, 32, 16)
+    W, b, d = layer.base.weight, layer.vera_b, layer.vera_d
+    assert torch.allclose(layer(x), x @ (W + b.diag() @ B @ d.diag() @ A).T, atol=1e-5)
+
+
+@VERA
+def test_the_start_line_says_what_a_method_adds_and_that_peft_cannot_read_it(tiny, method):
+    attach(tiny, method, 4)
+    added = 2 * ((4 + 32) + (4 + 16))  # d and b, on q_proj and v_proj of two layers
+    line = start_line(tiny, method)
+    assert line.startswith(f"vera: rank 4 · {added} of ")
+    assert line.endswith("saved as RORA_VERA, which PEFT does not read")
+
+
+@VERA
+def test_an_adapter_that_peft_cannot_read_has_a_peft_type_that_peft_does_not_know(
+    tiny, tmp_path, method
+):
+    attach(tiny, method, 4)
+    save_adapter(tiny, tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "RORA_VERA"
+
+
+@VERA
+def test_an_adapter_whose_method_is_gone_is_refused_by_name(tiny, tmp_path, method, monkeypatch):
+    fresh = copy.deepcopy(tiny)
+    attach(tiny, method, 4)
+    save_adapter(tiny, tmp_path)
+    monkeypatch.delitem(METHODS, "vera")
+    with pytest.raises(CheckpointError, match="no row for the method 'vera'"):
+        load_adapter(fresh, tmp_path)
+    assert trainable(fresh).keys() == dict(fresh.named_parameters()).keys()  # nothing attached
 
 
 def test_a_scale_is_one_line_in_SCALES(tiny, tmp_path, monkeypatch):
@@ -187,40 +282,3 @@ def test_a_scale_is_one_line_in_SCALES(tiny, tmp_path, monkeypatch):
     load_adapter(fresh, tmp_path)
     assert {layer.scaling for layer in wrappers(fresh).values()} == {8 / 2}
     assert torch.equal(fresh(IDS), tiny(IDS))
-
-
-# --- a method that PEFT has no name for -----------------------------------------------------------
-
-
-class OutputGain(nn.Module):
-    """y = (1 + g) · W x: a method whose tensors are nothing like LoRA's."""
-
-    base_type, targets, any_target, alpha, scale = nn.Linear, ("o_proj",), True, None, None
-
-    def __init__(self, base, rank, alpha=None, dropout=0.0):
-        super().__init__()
-        self.base, self.rank, self.dropout = base, rank, nn.Dropout(dropout)
-        self.gain = nn.Parameter(torch.zeros(base.out_features, device=base.weight.device))
-
-    def forward(self, x):
-        return (1 + self.gain) * self.base(x)
-
-
-def test_a_method_that_peft_has_no_name_for_is_saved_under_one_that_peft_refuses(
-    tiny, tmp_path, monkeypatch
-):
-    monkeypatch.setitem(METHODS, "gain", Method(OutputGain))
-    fresh = copy.deepcopy(tiny)
-    attach(tiny, "gain", 1)
-    shake(tiny)
-    save_adapter(tiny, tmp_path / "a")
-    save_adapter(tiny, tmp_path / "b")
-    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
-    assert config["peft_type"] == "RORA_GAIN"
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-    load_adapter(fresh, tmp_path / "a")
-    assert torch.equal(fresh(IDS), tiny(IDS))
-    monkeypatch.delitem(METHODS, "gain")
-    with pytest.raises(CheckpointError, match="no row for the method 'gain'"):
-        load_adapter(copy.deepcopy(tiny), tmp_path / "a")
