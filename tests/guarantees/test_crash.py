@@ -405,13 +405,15 @@ def test_an_adapter_of_zeros_is_a_legal_first_step_but_never_a_result(world, tmp
     assert run(*flags(world, tmp_path / "worse", **SHORT | {"eval_every": 1}, lr=1)).code == 0
     final = load_file(tmp_path / "worse" / "adapter_model.safetensors")
     assert any(t.any() for name, t in final.items() if "lora_B" in name)
-    refused(
-        run(*flags(world, tmp_path / "never", **SHORT, lr=1e-60)),
-        1,
-        "is after 4 steps what it was at the start",
-        "--lr",
-    )
-    assert not (tmp_path / "never" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("method", rora.METHODS)
+def test_an_adapter_that_ends_as_it_started_is_never_a_result(world, tmp_path, method):
+    scaled = rora.METHODS[method].layer.scale is not None
+    how = SHORT | {"method": method, "alpha": 8 if scaled else None, "dropout": None, "lr": 1e-60}
+    stopped = run(*flags(world, tmp_path / "run", **how))
+    refused(stopped, 1, "is after 4 steps what it was at the start", "--lr")
+    assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
 
 
 def test_a_layer_that_gets_no_gradient_stops_the_run_and_is_named(world, tmp_path, monkeypatch):
