@@ -88,7 +88,9 @@ def read_run(folder: Path) -> dict:
         return run_json
     except FileNotFoundError:
         raise run_folder.RunError(f"{folder} is not a run folder: it has no run.json") from None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+    except OSError as e:
+        raise run_folder.RunError(f"{folder}/run.json: {e.strerror}") from None
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise run_folder.RunError(
             f"{folder}/run.json is damaged or from another version ({e}); start the run again with "
             "--overwrite"

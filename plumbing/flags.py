@@ -4,6 +4,7 @@ This file knows flags, defaults, devices and exit codes. It knows no models and 
 """
 
 import argparse
+import io
 import math
 import os
 import sys
@@ -555,12 +556,15 @@ def exit_code(
             f"torch {torch.__version__} is too old: before 2.6 a .bin file could run code in spite "
             "of weights_only=True (CVE-2025-32434); pip install -r requirements.txt",
         )
+    for stream in (sys.stdin, sys.stdout, sys.stderr):  # never die of what a terminal cannot show
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
-        with processes.joined(), naming_memory("while reading the model"):
+        with naming_memory("while reading the model"):
             return work()
     except SystemExit as e:  # argparse, after --help
         return e.code if isinstance(e.code, int) else 0 if e.code is None else fail(2, e.code)
-    except (FlagError, RunError) as e:
+    except (FlagError, RunError, processes.ProcessError) as e:
         return fail(2, e)
     except (DataError, CheckpointError) as e:
         return fail(3, e)

@@ -10,7 +10,9 @@ Formats as written by transformers 4 and 5, PEFT 0.21, NVlabs/DoRA and AGI-Edger
 
 import hashlib
 import json
+import os
 import pickle
+import re
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -18,7 +20,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save_file as write_file
 from torch import Tensor
 
 TOKENIZER_FILES = "tokenizer.model", "tokenizer.json", "original/tokenizer.model"  # first one found
@@ -35,10 +37,15 @@ class CheckpointError(ValueError):
 
 
 def refuse_pointer(path: Path) -> None:
-    """Raise CheckpointError where git-lfs has left its note of a big file in place of the file."""
+    """Raise CheckpointError where git-lfs has left its note of a big file in place of the file, and
+    where the file cannot be opened at all."""
+    if re.search("[\ud800-\udfff]", str(path)):
+        raise CheckpointError(f"{path}: safetensors opens no path that is not UTF-8: rename it")
     try:
         with path.open("rb") as file:
             begin = file.read(24)
+    except PermissionError:
+        raise CheckpointError(f"{path}: permission denied: it belongs to another user") from None
     except OSError:  # whoever reads the file says so
         return
     if begin == b"version https://git-lfs.":
@@ -82,6 +89,14 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
 
 def first_line(e: BaseException) -> str:
     return (str(e).splitlines() or [type(e).__name__])[0][:200]
+
+
+def save_file(tensors: dict[str, Tensor], path: Path, metadata: dict | None = None) -> None:
+    """safetensors', readable by whom the umask lets read: it makes files that are private."""
+    write_file(tensors, path, metadata)
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
 
 
 def some(names) -> str:

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 import fast
@@ -47,8 +46,8 @@ from plumbing.flags import (
     resolve,
     training_parser,
 )
-from plumbing.hf_files import COMPANIONS, TensorFiles
-from plumbing.peft_files import CheckpointError, format_words, read_adapter, write_adapter
+from plumbing.hf_files import COMPANIONS, CheckpointError, TensorFiles, save_file
+from plumbing.peft_files import format_words, read_adapter, write_adapter
 from plumbing.training import follow, peak_memory, team, total_steps
 from rora import METHODS, SCALES, adapter_settings, attach, load_adapter, merge, trainable
 
@@ -549,7 +548,8 @@ def main(argv: list[str] | None = None) -> int:
         args = training_parser().parse_args(argv)
         job, name = chosen_job(args)
         refuse_stray(args, name)
-        return job(args)
+        with processes.joined():
+            return job(args)
 
     return exit_code(work, "rora")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from plumbing.hf_files import (
@@ -24,6 +24,7 @@ from plumbing.hf_files import (
     read_json,
     read_pickle,
     refuse_pointer,
+    save_file,
     some,
 )
 

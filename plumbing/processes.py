@@ -18,13 +18,23 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 
-def index() -> int:
-    """This process's number, from 0; RANK is torchrun's word for it."""
-    return int(os.environ.get("RANK", 0))
+class ProcessError(ValueError):
+    """An environment that speaks of several processes, but not so that they could meet."""
+
+
+def number(name: str, default: int) -> int:
+    text = os.environ.get(name, "")
+    return int(text) if text.isdecimal() else default
 
 
 def world() -> int:
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return max(1, number("WORLD_SIZE", 1))
+
+
+def index() -> int:
+    """This process's number, from 0: torchrun's RANK. Beside no WORLD_SIZE it is somebody else's
+    variable: a likely name in a project about rank."""
+    return number("RANK", 0) if world() > 1 else 0
 
 
 def first() -> bool:
@@ -32,22 +42,51 @@ def first() -> bool:
     return index() == 0
 
 
+def check() -> None:
+    """Raise ProcessError, by name, for a variable with which the processes could not meet."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    advice = "start with torchrun, which sets it, or unset WORLD_SIZE"
+    if not size.isdecimal() or size == "0":
+        raise ProcessError(f"WORLD_SIZE is {size!r}, expected a number of processes; {advice}")
+    if world() == 1:
+        return
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        if not os.environ.get(name):
+            raise ProcessError(f"WORLD_SIZE is {size}, but {name} is not set; {advice}")
+    for name in ("RANK", "MASTER_PORT", "LOCAL_RANK"):
+        value = os.environ.get(name, "0")
+        if not value.isdecimal():
+            raise ProcessError(f"{name} is {value!r}, expected a number; {advice}")
+    if index() >= world():
+        raise ProcessError(f"RANK is {index()}, but WORLD_SIZE only {size}; {advice}")
+    gpus = torch.cuda.device_count()
+    if gpus and number("LOCAL_RANK", 0) >= gpus:
+        local = number("LOCAL_RANK", 0)
+        raise ProcessError(f"LOCAL_RANK is {local}, but this machine shows {gpus} GPUs; {advice}")
+
+
 @contextmanager
 def joined() -> Iterator[None]:
     """Meet the other processes, and let process 0 alone speak. If one dies, the others fail at
     their next meeting."""
+    check()
     if world() == 1:
         yield
         return
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    dist.init_process_group(
-        "nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(minutes=30)
-    )
+        torch.cuda.set_device(number("LOCAL_RANK", 0))
+    kind = "nccl" if torch.cuda.is_available() else "gloo"
+    try:
+        dist.init_process_group(kind, timeout=timedelta(minutes=30))
+    except (RuntimeError, ValueError) as e:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise ConnectionError(
+            f"could not meet the other processes at {where} ({str(e).splitlines()[0][:200]})"
+        ) from None
     stdout = sys.stdout
     try:
         if not first():
-            sys.stdout = open(os.devnull, "w")
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")
         yield
     except RuntimeError as e:
         if "gloo" in str(e) or "NCCL" in str(e):

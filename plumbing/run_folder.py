@@ -11,16 +11,21 @@ This file knows folders, files and signals. It does not know what the tensors in
 
 import errno
 import fcntl
+import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 MANIFEST = "MANIFEST.json"
+# How a network file system says that it does not lock files, or write folders through.
+NOT_DONE_HERE = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)
 
 
 class RunError(ValueError):
@@ -42,8 +47,20 @@ def fsync(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
+    except OSError as e:
+        if not path.is_dir() or e.errno not in NOT_DONE_HERE:
+            raise
+        note_once(
+            f"this file system does not write folders through ({e.strerror}): a power cut may lose "
+            "the newest checkpoint"
+        )
     finally:
         os.close(fd)
+
+
+@functools.cache
+def note_once(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)
 
 
 def remove_debris(folder: Path) -> None:
@@ -90,7 +107,8 @@ def replaced_files(folder: Path) -> Iterator[Path]:
 def write_text(path: Path, text: str) -> None:
     """The old text or the new one, never a part."""
     with replaced_files(path.parent) as temporary:
-        (temporary / path.name).write_text(text, encoding="utf-8")
+        # a name that is not UTF-8 must not cost the scores that stand beside it
+        (temporary / path.name).write_text(text, encoding="utf-8", errors="replace")
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -99,6 +117,10 @@ def write_json(path: Path, value: dict) -> None:
 
 def check_writable(folder: Path) -> None:
     """Raise RunError if `folder` could not be made. Writes nothing."""
+    if re.search("[\ud800-\udfff]", str(folder)):
+        raise RunError(
+            f"{folder}: no path that is not UTF-8 can be read back; choose another --out"
+        )
     nearest = folder
     try:
         while not nearest.exists() and nearest != nearest.parent:
@@ -119,11 +141,16 @@ def lock(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
-            if e.errno not in (errno.EAGAIN, errno.EACCES):
+            if e.errno in (errno.EAGAIN, errno.EACCES):
+                raise RunError(
+                    f"{folder} is in use by another process; wait for it, or choose another --out"
+                ) from None
+            if e.errno not in NOT_DONE_HERE:
                 raise
-            raise RunError(
-                f"{folder} is in use by another process; wait for it, or choose another --out"
-            ) from None
+            note_once(
+                f"{folder}: this file system has no locks ({e.strerror}): nothing keeps a second "
+                "process from writing there"
+            )
         yield
 
 
@@ -166,7 +193,7 @@ def damage(folder: Path) -> str | None:
                 return f"{name} is not as it was written"
     except FileNotFoundError as e:
         return f"{Path(e.filename).name} is missing"
-    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as e:
+    except (ValueError, AttributeError, TypeError, RecursionError) as e:
         return f"{MANIFEST} is not readable ({e})"
     return None
 
@@ -220,30 +247,38 @@ def _step(line: str) -> float:
 
 
 class Stopped(Exception):
-    """Raised between two steps once the state is saved. code: 130 after Ctrl-C, 143 after a polite
-    kill."""
+    """Raised between two steps once the state is saved. code: 128 + the signal's number: 130 after
+    Ctrl-C, 143 after a polite kill."""
 
     def __init__(self, code: int):
         self.code = code
 
 
 @contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Yield a list that is empty until SIGINT or SIGTERM arrives, then holds the exit code. A
-    second one ends at once."""
+def stop_signals(alone: bool = True) -> Iterator[list[int]]:
+    """Yield a list that is empty until a signal asks to stop, then holds the exit code, 128 + its
+    number. The same signal again ends at once; another one is another way to ask: a dropped ssh
+    brings SIGHUP and SIGTERM, Slurm's warning is SIGUSR1, and SIGTERM follows.
+
+    alone: False under torchrun, which hands on to its processes what they have already got.
+    """
     received: list[int] = []
 
     def note(number, frame):
-        if received:
+        if alone and 128 + number in received:
             os._exit(128 + number)
         received.append(128 + number)
 
-    try:
-        before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread, which alone may listen
-        before = {}
+    before = {}
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        if signal.getsignal(number) == signal.SIG_IGN:  # as nohup wants it
+            continue
+        try:
+            before[number] = signal.signal(number, note)
+        except ValueError:  # not the main thread, which alone may listen
+            break
     try:
         yield received
     finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -356,6 +356,7 @@ def score(args: argparse.Namespace) -> int:
         tokenizer = find_tokenizer(ckpt)
         model, _ = open_model(folder, ckpt, device, dtype)
         for question in [args.ask] if args.ask else typed():
+            question = question.encode("utf-8", "replace").decode()  # half a character may come in
             print("    " + ask(model, tokenizer, question.replace("\\n", "\n"), style))
         return 0
     data = args.data or row_of(ckpt).tests
@@ -392,7 +393,7 @@ def score(args: argparse.Namespace) -> int:
     processes.wait()  # all have looked at the folder before the first writes there
     with (
         run_folder.lock(out) if processes.first() else nullcontext(),
-        run_folder.stop_signals() as stop,
+        run_folder.stop_signals(alone=processes.world() == 1) as stop,
     ):
         if processes.first():
             run_folder.remove_debris(out)
@@ -482,6 +483,7 @@ def main(argv: list[str] | None = None) -> int:
                 raise FlagError(f"--table takes no {stray[0]}")
             print(run_table([Path(folder) for folder in args.table]))
             return 0
-        return score(args)
+        with processes.joined():
+            return score(args)
 
     return exit_code(work, "eval", "a smaller --batch-size, --dtype bf16, or --device cpu")

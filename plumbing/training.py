@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -21,7 +21,8 @@ from data import Record
 from llama import Llama
 from plumbing import processes, refuse, run_folder
 from plumbing.flags import NothingLearned, Settings, naming_memory
-from plumbing.peft_files import CheckpointError, read_adapter, some, write_adapter
+from plumbing.hf_files import CheckpointError, save_file, some
+from plumbing.peft_files import read_adapter, write_adapter
 from rora import METHODS, NonFiniteError, Recipe, adapter_settings, adapter_tensors, trainable
 
 
@@ -52,7 +53,7 @@ def follow(
     """
     steps = total_steps(records, settings)
     with (
-        run_folder.stop_signals() as stop,
+        run_folder.stop_signals(alone=processes.world() == 1) as stop,
         Run(model, held_out, settings, steps, folder, run_json, resume) as run,
     ):
         recipe = Recipe(

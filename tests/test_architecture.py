@@ -52,6 +52,7 @@ MAY_IMPORT = {
         "llama",
         "rora",
         "plumbing.flags",
+        "plumbing.hf_files",
         "plumbing.peft_files",
         "plumbing.processes",
         "plumbing.refuse",
