@@ -1,8 +1,11 @@
 """The three adapters that the paper compares RoRA with: Series, Parallel and Prefix.
 
-Each is built as the layers in rora.py are, Wrapper(base, size, alpha, dropout), and trains only what it adds; alpha plays
-no part here. Definitions: AGI-Edgerunners/LLM-Adapters (Series, Parallel), PEFT's prefix tuning.
+Each is an Adapter, as the layers in rora.py are, and trains only what it adds; alpha plays no part
+here. Definitions: AGI-Edgerunners/LLM-Adapters (Series, Parallel), PEFT's prefix tuning.
 """
+
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -11,15 +14,32 @@ from torch import Tensor, nn
 from llama import Attention, Rows
 
 
-class SeriesAdapter(nn.Module):
-    """Houlsby et al. 2019, a bottleneck after a linear layer:  z = W x,  y = z + f(z),  f(z) = up tanh(down z).
+class Adapter(Protocol):
+    """What a method is to all other files: a module built as Adapter(base, rank, alpha, dropout)
+    whose own parameters are what is saved."""
 
-    Both matrices start at N(0, 0.02²), so the start is near the base model, not equal to it.
+    base_type: type[nn.Module]  # what it can sit on
+    targets: tuple[str, ...]  # where it sits by default, and
+    any_target: bool  # whether --targets may put it elsewhere
+    scale: str | None  # a row of SCALES; None: it has no scale, and alpha means nothing
+    base: Any  # what it sits on, a base_type
+    rank: int
+    alpha: float | None
+    dropout: nn.Dropout
+    scaling: float  # where it has a scale
+    named_parameters: Callable[..., Iterator[tuple[str, nn.Parameter]]]
+    merged_weight: Callable[[], Tensor]  # (O, I), where it can be merged
+
+
+class SeriesAdapter(nn.Module):
+    """Houlsby et al. 2019, a bottleneck behind a linear layer: z = W x, y = z + f(z).
+
+    f(z) = up tanh(down z), and rank is its width. Both matrices start at N(0, 0.02²), so the start
+    is near the base model, not equal to it.
     """
 
     base_type = nn.Linear
     targets = ("down_proj",)
-    peft = {"peft_type": "BOTTLENECK", "use_parallel_adapter": False}
     any_target = False  # whether it may sit on other layers than `targets`
     alpha = scale = None
 
@@ -52,7 +72,6 @@ class ParallelAdapter(SeriesAdapter):
     """He et al. 2022, the bottleneck beside the linear layer:  y = W x + f(x)."""
 
     targets = ("up_proj", "down_proj")
-    peft = {"peft_type": "BOTTLENECK", "use_parallel_adapter": True}
     any_target = True
 
     @staticmethod
@@ -64,15 +83,15 @@ class ParallelAdapter(SeriesAdapter):
 
 
 class PrefixAttention(nn.Module):
-    """Li & Liang 2021: P learned keys and values a layer, seen by every token as if they came first.
+    """Li & Liang 2021: learned keys and values, seen by every token as if they came first.
 
-    To attention this is a KV cache that already holds P places. The learned keys are not rotated; real tokens stand at
-    positions P, P + 1, ... (PEFT's convention). They start at N(0, 1), as PEFT's embedding does.
+    rank is their number P. To attention this is a KV cache that already holds P places. The learned
+    keys are not rotated; real tokens stand at positions P, P + 1, ... (PEFT's convention). They
+    start at N(0, 1), as PEFT's embedding does.
     """
 
     base_type = Attention
     targets = ("self_attn",)
-    peft = {"peft_type": "PREFIX_TUNING"}
     any_target = False
     alpha = scale = None
 

@@ -31,7 +31,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 import fast
-from baselines import ParallelAdapter, PrefixAttention, SeriesAdapter
+from baselines import Adapter, ParallelAdapter, PrefixAttention, SeriesAdapter
 from data import IGNORE, Batch, Record, collate, epoch_order
 from llama import Llama
 from plumbing import refuse
@@ -135,7 +135,6 @@ class DoRALinear(LoRALinear):
     also drop inside W x: the same at dropout 0, and a second product with W otherwise.
     """
 
-    peft = {"peft_type": "LORA", "use_dora": True}
     held_norm = None  # what norm() answers while fast.held lasts
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0):
@@ -157,27 +156,11 @@ class DoRALinear(LoRALinear):
         return (self.magnitude / self.norm())[:, None] * super().merged_weight()
 
 
-class Adapter(Protocol):
-    """What a method is to all other files: a module built as Adapter(base, rank, alpha, dropout)
-    whose own parameters are what is saved."""
-
-    base_type: type[nn.Module]  # what it can sit on
-    targets: tuple[str, ...]  # where it sits by default, and
-    any_target: bool  # whether --targets may put it elsewhere
-    scale: str | None  # a row of SCALES; None: it has no scale, and alpha means nothing
-    peft: dict[str, object]  # how PEFT's config names it; empty: it does not
-    base: Any  # what it sits on, a base_type
-    rank: int
-    alpha: float | None
-    dropout: nn.Dropout
-    scaling: float  # where it has a scale
-    named_parameters: Callable[..., Iterator[tuple[str, nn.Parameter]]]
-    merged_weight: Callable[[], Tensor]  # (O, I), where it can be merged
-
-
 @dataclass(frozen=True)
 class Method:
-    layer: type[Any]  # an Adapter
+    """A row of METHODS: with the class, all that other files know of a method."""
+
+    layer: type[Any]  # an Adapter, as baselines.py describes it
     rank: int = 32  # the default, and
     rank_is: str = "rank"  # what it counts
     dropout: float | None = 0.05  # the default; None: it takes none
@@ -375,10 +358,8 @@ def train(
     model: Llama, records: list[Record], recipe: Recipe, optimizer: Optimizer, done=0, team=None
 ) -> Iterator[Step]:
     """Sec. IV's loop: update after update, each told to whoever iterates. It neither prints nor
-    writes: logs, validation, the best adapter, checkpoints and Ctrl-C are the caller's.
-
-    The last batch of an epoch may be a partial one. done: steps made before, to go on from there.
-    """
+    writes: logs, validation, the best adapter, checkpoints and Ctrl-C are the caller's. The last
+    batch of an epoch may be a partial one. done: steps made before, to go on from there."""
     per_epoch = math.ceil(len(records) / recipe.batch_size)
     model.train()
     for step in range(done, recipe.steps):
