@@ -40,7 +40,7 @@ def shake(model: torch.nn.Module, size: float = 0.1) -> None:
 def real_data() -> Path:
     """The real records and tokenizers: $RORA_DATA, or the folder beside the checkout.
 
-    Where there are none, the test is skipped and says so; on a machine that calls itself CI it fails.
+    Where there are none, the test is skipped and says so; where $CI is set, it fails.
     """
     folder = Path(os.environ.get("RORA_DATA") or ROOT.parent / "shared" / "data")
     if not (folder / "tokenizer.model").is_file():

@@ -1,4 +1,4 @@
-"""The committed trace: what this code once computed for the embedded model, and goes on computing."""
+"""The committed trace: what this code computed for the embedded model, and goes on computing."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The paper's claim, measured on one layer: what the first step does as the rank grows sixteenfold."""
+"""The paper's claim on one layer: what the first step does as the rank grows sixteenfold."""
 
 import pytest
 import torch

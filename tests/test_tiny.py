@@ -20,22 +20,26 @@ import world
 from data import TASKS, format_prompt, load_tokenizer
 
 
-# The wording of the real records, as full matches; `opt(4)` stands for a list of options and what may be answered.
+# The wording of the real records, as full matches.
+
+
 def opt(label: str, n: int, gap: str = " ", end: str = "\n\n") -> str:
+    """A list of n options, and what may be answered."""
     listed = gap.join(rf"{label.capitalize()}{i}: [^\n]+?" for i in range(1, n + 1))
     return rf"{listed}{end}Answer format: {'/'.join(f'{label}{i}' for i in range(1, n + 1))}"
 
 
 CHOOSE = r"Please choose the correct answer to the question: [^\n]+\n\n"
 FORMATS = {
-    "boolq": r"Please answer the following question with true or false, question: [^\n]+\?\n\nAnswer format: true/false",
+    "boolq": r"Please answer the following question with true or false, question: [^\n]+\?\n\n"
+    r"Answer format: true/false",
     "piqa": r"Please choose the correct solution to the question: [^\n]+\n\n"
     + opt("solution", 2, gap="\n\n"),
     "social_i_qa": CHOOSE + opt("answer", 3),
-    "hellaswag": r"Please choose the correct ending to complete the given sentence: [^\n:]+: [^\n]+\n\n"
-    + opt("ending", 4),
-    "winogrande": r"Please choose the correct answer to fill in the blank to complete the given sentence: [^\n]*_[^\n]*\n\n"
-    + opt("option", 2, end=" "),
+    "hellaswag": r"Please choose the correct ending to complete the given sentence: "
+    r"[^\n:]+: [^\n]+\n\n" + opt("ending", 4),
+    "winogrande": r"Please choose the correct answer to fill in the blank to complete the given "
+    r"sentence: [^\n]*_[^\n]*\n\n" + opt("option", 2, end=" "),
     "ARC-Easy": CHOOSE + f"({opt('answer', 3)}|{opt('answer', 4)}|{opt('answer', 5)})",
     "ARC-Challenge": CHOOSE + f"({opt('answer', 3)}|{opt('answer', 4)}|{opt('answer', 5)})",
     "openbookqa": CHOOSE + opt("answer", 4),
@@ -121,7 +125,7 @@ def test_no_question_is_asked_twice_or_in_two_splits(train):
     for split in HOMES:
         for task in TASKS:
             asked += [r["instruction"] for r in records(split, task)]
-    # The three task folders share wordings, but never facts of one kind, so even across tasks no question repeats.
+    # Three tasks share a wording but never facts of one kind: no question repeats across them.
     assert len(asked) == len(set(asked))
 
 

@@ -1,4 +1,4 @@
-"""The 7B run in small: real records, the real tokenizer, the true format; random weights, 4 layers."""
+"""The 7B run in small: real records, real tokenizer, true format; random weights, 4 layers."""
 
 import json
 

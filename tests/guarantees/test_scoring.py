@@ -1,4 +1,4 @@
-"""A score is made once, of one thing: answers are kept, gone on with, and never mixed with others."""
+"""A score is made once, of one thing: answers are kept, gone on with, and never mixed."""
 
 import json
 import signal

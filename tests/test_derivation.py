@@ -1,6 +1,5 @@
 """What the lessons on the derivation, on pruning and on real text rest on."""
 
-import json
 import math
 import sys
 from array import array
@@ -8,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, write_checkpoint, write_records
+from conftest import ROOT, SMALL
 from torch import nn
 
 sys.path.insert(0, str(ROOT / "lessons"))
@@ -18,7 +17,7 @@ import prune
 import real_text
 
 from data import Record
-from llama import Llama, LlamaConfig, load_llama
+from llama import Llama, LlamaConfig
 from plumbing.flags import FlagError
 from rora import LoRALinear, RoRALinear
 
@@ -146,58 +145,18 @@ def test_too_little_is_refused():
         prune.smaller(SMALL, 0.01)
 
 
-def test_the_pruned_folder_is_a_checkpoint_of_the_promised_size(tmp_path):
-    folder, records = write_checkpoint(tmp_path / "base"), write_records(tmp_path / "records.json")
-    out = tmp_path / "small"
-    flags = [
-        "--ckpt",
-        str(folder),
-        "--data",
-        str(records),
-        "--keep",
-        "0.5",
-        "--records",
-        "8",
-        "--device",
-        "cpu",
-    ]
-    assert prune.main([*flags, "--out", str(out)]) == 0
-    model, said = load_llama(out, dtype=None), json.loads((out / "pruned.json").read_text())
-    whole, size = said["parameters"]
-    assert sum(p.numel() for p in model.parameters()) == size <= 0.5 * whole
-    assert (out / "tokenizer.model").read_bytes() == (folder / "tokenizer.model").read_bytes()
-    assert model(torch.tensor([[1, 2, 3]])).isfinite().all()
-
-
-def test_what_is_left_of_tiny_is_trained_on_tinys_corpus(tmp_path, capsys):
-    assert prune.main(["--records", "4", "--heal", "2", "--out", str(tmp_path / "small")]) == 0
-    said = json.loads((tmp_path / "small/pruned.json").read_text())
-    assert said["parameters"][1] <= 0.2 * said["parameters"][0] and said["loss"].keys() == {
-        "whole",
-        "pruned",
-        "healed",
-    }
-    tables = [
-        load_llama(folder, dtype=torch.float32).embed_tokens.weight
-        for folder in (ROOT / "tiny", tmp_path / "small")
-    ]
-    assert torch.equal(
-        tables[0][:, said["kept"]["channels"]], tables[1]
-    )  # the tasks' words stay apart
-    assert "healing 2/2" in capsys.readouterr().out
-
-
 # --- real text ------------------------------------------------------------------------------------
 
 
 def test_the_plain_text_of_a_record_has_no_prompt_no_labels_and_no_answer():
     told = {
-        "instruction": "Please choose the correct answer to the question: What melts?\n\nAnswer1: ice Answer2: stone\n\n"
-        "Answer format: answer1/answer2",
+        "instruction": "Please choose the correct answer to the question: What melts?\n\n"
+        "Answer1: ice Answer2: stone\n\nAnswer format: answer1/answer2",
         "output": "the correct answer is answer1",
     }
     asked = {
-        "instruction": "Please answer the following question with true or false, question: is ice cold?\n\nAnswer format: true/false"
+        "instruction": "Please answer the following question with true or false, "
+        "question: is ice cold?\n\nAnswer format: true/false"
     }
     assert real_text.plain(told) == "What melts? ice stone"
     assert real_text.plain(asked) == "is ice cold?"
