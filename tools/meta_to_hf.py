@@ -2,12 +2,14 @@
 
     python tools/meta_to_hf.py META_FOLDER HF_FOLDER
 
-Reads params.json, consolidated.00.pth, 01, ... and tokenizer.model (there, or in the folder above, where LLaMA-1 and 2
-have it); writes config.json, model.safetensors (shards of 5 GB with an index, if larger) and tokenizer.model. The dtype
-stays. The input is mapped, and each tensor is made whole only when it is written.
+Reads params.json, consolidated.00.pth, 01, ... and tokenizer.model (there, or in the folder above,
+where LLaMA-1 and 2 have it); writes config.json, model.safetensors (shards of 5 GB with an index,
+if larger) and tokenizer.model. The dtype stays. The input is mapped, and each tensor is made whole
+only when it is written.
 
-The layouts differ in names, in how files share a tensor, and in one thing that no error would betray: Meta rotates the
-pairs (2j, 2j+1) of a head and Hugging Face (j, j+D/2), so the rows of q and k change places.
+The layouts differ in names, in how files share a tensor, and in one thing that no error would
+betray: Meta rotates the pairs (2j, 2j+1) of a head and Hugging Face (j, j+D/2), so the rows of q
+and k change places.
 """
 
 import argparse
@@ -25,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repositor
 
 from plumbing.hf_files import CheckpointError, read_json, read_pickle, some, write_tensors  # noqa: E402
 from data import load_tokenizer  # noqa: E402
-from llama import Llama, LlamaConfig  # noqa: E402
+from llama import Llama, LlamaConfig, RopeScaling  # noqa: E402
 from plumbing.run_folder import new_folder  # noqa: E402
 
 META_NAMES = {
@@ -51,7 +53,7 @@ def meta_name(ours: str) -> str:
 
 
 def meta_to_hf(w: Tensor, n_heads: int) -> Tensor:
-    """Rows of a q or k matrix (n_heads·D, in), or of what belongs to its rows: a lora_B, a magnitude (n_heads·D,)."""
+    """Rows of a q or k matrix (n_heads·D, in), or what belongs to them: lora_B, magnitude."""
     return w.reshape(n_heads, -1, 2, *w.shape[1:]).transpose(1, 2).reshape(w.shape)
 
 
@@ -60,24 +62,20 @@ def hf_to_meta(w: Tensor, n_heads: int) -> Tensor:
     return w.reshape(n_heads, 2, -1, *w.shape[1:]).transpose(1, 2).reshape(w.shape)
 
 
-def read_params(path: Path, tokenizer) -> LlamaConfig:
-    """Meta's params.json, whose vocab_size -1 means the tokenizer's. Raises CheckpointError for what llama.py lacks."""
-    params = {
-        "vocab_size": -1,
-        "n_kv_heads": None,
-        "ffn_dim_multiplier": None,
-        "rope_theta": 10000.0,
-    } | read_json(path)
-    if params.get("use_scaled_rope"):
-        raise CheckpointError(
-            f'{path}: "use_scaled_rope" (Llama 3.1 and later) is not something llama.py computes'
-        )
+def read_params(path: Path, tokenizer, tied: bool = False) -> LlamaConfig:
+    """Meta's params.json, whose vocab_size -1 means the tokenizer's.
+
+    Raises CheckpointError for what is absent or absurd.
+    """
+    absent = {"vocab_size": -1, "n_kv_heads": None, "ffn_dim_multiplier": None}
+    params = absent | {"rope_theta": 10000.0, "use_scaled_rope": False} | read_json(path)
     try:
         dim, multiple, n_heads = params["dim"], params["multiple_of"], params["n_heads"]
         hidden = int(8 * dim / 3)
         if params["ffn_dim_multiplier"]:
             hidden = int(params["ffn_dim_multiplier"] * hidden)
         theta, eps = float(params["rope_theta"]), float(params["norm_eps"])
+        scaled = bool(params["use_scaled_rope"])
         return LlamaConfig(
             dim=dim,
             n_layers=params["n_layers"],
@@ -87,10 +85,11 @@ def read_params(path: Path, tokenizer) -> LlamaConfig:
             vocab_size=params["vocab_size"] if params["vocab_size"] > 0 else tokenizer.vocab_size,
             norm_eps=eps,
             rope_theta=theta,
+            rope_scaling=scaling(params, tied) if scaled else None,
             bos=tokenizer.bos,
             eos=tokenizer.eos,
-            # No file says it. What tells LLaMA-7B and 13B, Llama-2 and Llama-3 apart is theta and eps.
-            max_positions=8192 if theta > 10000 else 2048 if eps < 1e-5 else 4096,
+            tie_embeddings=tied,
+            max_positions=131072 if scaled else first_length(theta, eps),
         )
     except KeyError as e:
         raise CheckpointError(f"{path}: no {e}") from None
@@ -98,22 +97,55 @@ def read_params(path: Path, tokenizer) -> LlamaConfig:
         raise CheckpointError(f"{path}: not Meta's params.json ({e})") from None
 
 
-class MetaTensors(Mapping):
-    """The tensors of consolidated.00.pth, 01, ... by our names, each made whole when it is asked for and not kept."""
+def scaling(params: dict, tied: bool) -> RopeScaling:
+    """What "use_scaled_rope" means, which most params.json leave to Meta's code.
 
-    def __init__(self, folder: Path, cfg: LlamaConfig):
-        self.folder, self.cfg = folder, cfg
+    In the published config.json of Llama 3.1 (8B, 70B, 405B) the factor is 8, in those of Llama 3.2
+    (1B, 3B) it is 32, and the rest is the same. Only 3.2's embeddings are tied.
+    """
+    factor = params.get("rope_scaling_factor") or (32.0 if tied else 8.0)
+    return RopeScaling(float(factor), low=1.0, high=4.0, original_positions=8192)
+
+
+def first_length(theta: float, eps: float) -> int:
+    """No file says it. Theta and eps tell LLaMA, Llama-2 and Llama-3 apart."""
+    if theta > 10000:
+        return 8192
+    return 2048 if eps < 1e-5 else 4096
+
+
+def open_files(folder: Path) -> dict[str, dict[str, Tensor]]:
+    """{name: its tensors, mapped} of consolidated.00.pth, 01, ... Raises CheckpointError."""
+    found = sorted(path.name for path in folder.glob("consolidated.*.pth"))
+    if not found or found != [f"consolidated.{i:02}.pth" for i in range(len(found))]:
+        raise CheckpointError(
+            f"{folder}: expected consolidated.00.pth, 01, ..., found {some(found) or 'none'}"
+        )
+    return {name: read_pickle(folder / name) for name in found}
+
+
+def is_tied(files: dict[str, dict[str, Tensor]]) -> bool:
+    """Whether the output matrix is the embedding: absent, or a copy."""
+    for tensors in files.values():
+        head, embedding = (tensors.get(f"{n}.weight") for n in ("output", "tok_embeddings"))
+        if head is not None and (embedding is None or not torch.equal(head, embedding)):
+            return False
+    return True
+
+
+class MetaTensors(Mapping):
+    """The tensors of several files by our names, each made whole when it is asked for, not kept."""
+
+    def __init__(self, folder: Path, files: dict[str, dict[str, Tensor]], cfg: LlamaConfig):
+        self.folder, self.cfg, self.files = folder, cfg, list(files.values())
         with torch.device("meta"):
             self.shapes = {name: p.shape for name, p in Llama(cfg).state_dict().items()}
-        found = sorted(path.name for path in folder.glob("consolidated.*.pth"))
-        if not found or found != [f"consolidated.{i:02}.pth" for i in range(len(found))]:
-            raise CheckpointError(
-                f"{folder}: expected consolidated.00.pth, 01, ..., found {some(found) or 'none'}"
-            )
-        self.files = [read_pickle(folder / name) for name in found]
+        if cfg.tie_embeddings:
+            del self.shapes["lm_head.weight"]
         want = {meta_name(name) for name in self.shapes}
-        for name, file in zip(found, self.files):
-            if wrong := (file.keys() - {"rope.freqs"}) ^ want:
+        not_read = {"rope.freqs"} | ({meta_name("lm_head.weight")} if cfg.tie_embeddings else set())
+        for name, tensors in files.items():
+            if wrong := (tensors.keys() - not_read) ^ want:
                 raise CheckpointError(f"{folder / name}: missing or unexpected: {some(wrong)}")
         self.dtype = self.files[0][meta_name("norm.weight")].dtype
 
@@ -124,7 +156,7 @@ class MetaTensors(Mapping):
         return len(self.shapes)
 
     def __getitem__(self, name: str) -> Tensor:
-        """Files divide a tensor along one dimension, found from the shapes, or each hold all of it (the norms).
+        """Files divide a tensor along one dimension, found from the shapes, or each hold all of it.
 
         tok_embeddings is cut across its width in LLaMA-1 and 2, across the vocabulary in Llama-3.
         """
@@ -136,8 +168,9 @@ class MetaTensors(Mapping):
             if some_of_it != all_of_it
         }
         if len(short) > 1 or any(sum(part.shape[d] for part in parts) != whole[d] for d in short):
+            found = " and ".join(str(tuple(part.shape)) for part in parts)
             raise CheckpointError(
-                f"{self.folder}: {meta_name(name)} is {' and '.join(str(tuple(p.shape)) for p in parts)}, "
+                f"{self.folder}: {meta_name(name)} is {found}, "
                 f"which does not make up {tuple(whole)}"
             )
         w = torch.cat(parts, short.pop()) if short else parts[0]
@@ -154,8 +187,9 @@ def convert(source: Path, target: Path) -> None:
     )
     if model is None:
         raise CheckpointError(f"{source}: no tokenizer.model, there or in the folder above")
-    cfg = read_params(source / "params.json", load_tokenizer(model))
-    tensors = MetaTensors(source, cfg)
+    tokenizer, files = load_tokenizer(model), open_files(source)
+    cfg = read_params(source / "params.json", tokenizer, is_tied(files))
+    tensors = MetaTensors(source, files, cfg)
     with new_folder(target) as folder:
         write_tensors(folder, tensors)
         (folder / "config.json").write_text(json.dumps(cfg.to_json(tensors.dtype), indent=2) + "\n")

@@ -55,6 +55,17 @@ def records(data_folder) -> dict[str, list[dict]]:
     }
 
 
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct as a Hugging Face folder: a real pretrained model, which make fetches."""
+    made = ROOT / ".venv-crosscheck" / "smollm2-135m"
+    folder = Path(os.environ.get("RORA_SMOLLM2", made))
+    if not (folder / "model.safetensors").is_file():
+        say = pytest.fail if os.environ.get("CI") == "true" else pytest.skip
+        say(f"no SmolLM2 in {folder}: make .venv-crosscheck/smollm2-135m, or set RORA_SMOLLM2")
+    return folder
+
+
 # --- checkpoints -----------------------------------------------------------------------------------
 
 

@@ -1,6 +1,7 @@
 """llama.py against transformers' LLaMA, on small random checkpoints that transformers wrote."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from transformers import LlamaConfig as TheirConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+import rora
 from data import format_prompt, load_tokenizer
 from llama import LlamaConfig, RopeScaling, generate, load_llama, rope_frequencies, save_llama
 
@@ -60,13 +62,13 @@ def test_fp32_logits_are_those_of_transformers(
     ids=str,
 )
 def test_the_comparison_would_notice_another_config(change, make_llama):
-    """The same seed draws the same weights, but for the narrower k and v: only the config differs."""
+    """The same seed draws the same weights, but for narrower k and v: only the config differs."""
     (_, one), (_, other) = make_llama(), make_llama(**change)
     with torch.no_grad():
         assert (one(some_ids()).logits - other(some_ids()).logits).abs().max() > 1e-3
 
 
-# --- positions beyond the first length, as Llama 3.1 and 3.2 have them -----------------------------
+# --- positions beyond the first length, as Llama 3.1 and 3.2 have them ----------------------------
 
 LLAMA_3_1 = {
     "rope_type": "llama3",
@@ -189,7 +191,7 @@ def test_what_save_llama_writes_transformers_loads_to_the_same_logits(
         assert absolute < 1e-5
 
 
-# --- greedy decoding -------------------------------------------------------------------------------
+# --- greedy decoding ------------------------------------------------------------------------------
 
 NEW = 24
 
@@ -255,7 +257,7 @@ def test_greedy_tokens_are_those_of_transformers_on_real_prompts(
 
 
 def test_generation_stops_at_the_eos_where_transformers_stops(prompts, make_llama, mismatches):
-    """Some token that the model does say serves as eos: rows then end at different steps, some at none."""
+    """A token that the model does say serves as eos: rows end at different steps, some at none."""
     folder, theirs = make_llama(vocab_size=32000)
     said = [token for row in transformers_greedy(theirs, prompts[:20], eos=2) for token in row[4:]]
     eos = max(set(said), key=said.count)
@@ -263,3 +265,58 @@ def test_generation_stops_at_the_eos_where_transformers_stops(prompts, make_llam
     assert len({len(row) for row in expected}) > 2
     got = generate(load_llama(folder, dtype=torch.float32), prompts[:20], max_new=NEW, eos=eos)
     assert mismatches("greedy tokens up to an eos", "transformers", zip(got, expected)) == 0
+
+
+# --- checkpoints that people have -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied, factor", [(False, 8.0), (True, 32.0)], ids=["3.1", "3.2"])
+def test_a_small_llama_3_1_or_3_2_trained_and_merged_here_has_the_same_logits_there(
+    tied, factor, make_llama, data_folder, records, tmp_path, deviation
+):
+    folder, _ = make_llama(
+        scaling=LLAMA_3_1 | {"factor": factor},
+        rope_theta=5e5,
+        rms_norm_eps=1e-5,
+        num_key_value_heads=2,
+        vocab_size=128256,
+        max_position_embeddings=512,
+        tie_word_embeddings=tied,
+    )
+    shutil.copyfile(data_folder / "llama3/tokenizer.model", folder / "tokenizer.model")
+    (tmp_path / "train.json").write_text(json.dumps(records["train/boolq"][:12]))
+    flags = {"--ckpt": folder, "--data": tmp_path / "train.json", "--out": tmp_path / "run"}
+    flags |= {"--rank": 4, "--max-steps": 3, "--warmup": 1, "--batch-size": 4, "--val-size": 4}
+    assert rora.main([str(word) for flag in flags.items() for word in flag]) == 0
+    assert rora.main(["--merge", str(tmp_path / "run"), "--out", str(tmp_path / "merged")]) == 0
+    ids = some_ids(vocab_size=128256, B=1, T=200)  # the first length is 64
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    with torch.no_grad():
+        logits = theirs(ids).logits
+        ours = load_llama(tmp_path / "merged", dtype=torch.float32)(ids)
+        base = load_llama(folder, dtype=torch.float32)(ids)
+    assert (logits - base).abs().max() > 1e-4
+    absolute, _ = deviation("logits, fp32, Llama 3.1 and 3.2, merged", "transformers", ours, logits)
+    assert absolute < 1e-5
+
+
+def test_a_real_pretrained_model_has_the_logits_and_the_greedy_tokens_of_transformers(
+    smollm2, records, deviation, mismatches
+):
+    """SmolLM2-135M-Instruct from config.json, model.safetensors and tokenizer.json alone."""
+    ours = load_llama(smollm2, dtype=torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    tokenizer = load_tokenizer(smollm2)
+    chosen = [r for task in records.values() for r in task[:: len(task) // 2][:2]]
+    texts = ["The capital of France is", *map(format_prompt, chosen[:8])]
+    prompts = [tokenizer.encode(text, bos=True, eos=False) for text in texts]
+    with torch.no_grad():
+        for ids in prompts:
+            logits = theirs(torch.tensor([ids])).logits
+            name = "logits, fp32, SmolLM2-135M"
+            _, relative = deviation(name, "transformers", ours(torch.tensor([ids])), logits)
+            assert relative < 1e-5
+    expected = [transformers_greedy(theirs, [ids], eos=tokenizer.eos)[0] for ids in prompts]
+    got = generate(ours, prompts, max_new=NEW, eos=tokenizer.eos)
+    assert "Paris" in tokenizer.decode(got[0])
+    assert mismatches("greedy tokens, SmolLM2-135M", "transformers", zip(got, expected)) == 0

@@ -1,12 +1,20 @@
-"""data.py's tokenizers against SentencePiece and tiktoken, on every record there is and on random text."""
+"""data.py's tokenizers against SentencePiece, tiktoken and the tokenizers library.
+
+On every record there is, and on random text.
+"""
 
 import base64
+import json
 import random
 import unicodedata
 
 import pytest
 import sentencepiece
 import tiktoken
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.processors import TemplateProcessing
+from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from data import format_prompt, load_tokenizer
 
@@ -46,7 +54,10 @@ def llama_3(data_folder):
 
 
 def random_texts(n: int) -> list[str]:
-    """Text that no one writes. Only characters that this Python's Unicode tables know: tiktoken's may be newer."""
+    """Text that no one writes, of characters that this Python's Unicode tables know.
+
+    The others' tables may be newer.
+    """
     rng = random.Random(0)
     known = [chr(c) for c in range(0x110000) if unicodedata.category(chr(c)) not in ("Cn", "Cs")]
     kinds = [
@@ -120,3 +131,87 @@ def test_llama_3_text_survives_the_way_to_ids_and_back(llama_3, texts):
     ours, _ = llama_3
     for text in texts[::20] + random_texts(1_000):
         assert ours.decode(ours.encode(text, bos=True, eos=True)) == text
+
+
+# --- tokenizer.json -------------------------------------------------------------------------------
+
+
+def theirs_from(path) -> Tokenizer:
+    """The library's tokenizer, told that the names of special tokens are only text, as here."""
+    theirs = Tokenizer.from_file(str(path))
+    theirs.encode_special_tokens = True
+    return theirs
+
+
+@pytest.fixture(scope="module")
+def llama_3_json(data_folder, tmp_path_factory):
+    """Meta's ranks as the tokenizer.json that transformers makes of them; bos in a template."""
+    ranks = str(data_folder / "llama3" / "tokenizer.model")
+    names = ["<|begin_of_text|>", "<|end_of_text|>", *(f"<|reserved_{i}|>" for i in range(254))]
+    made = TikTokenConverter(vocab_file=ranks, extra_special_tokens=names).converted()
+    made.post_processor = TemplateProcessing(
+        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 128000)]
+    )
+    folder = tmp_path_factory.mktemp("llama-3")
+    made.save(str(folder / "tokenizer.json"))
+    (folder / "config.json").write_text(json.dumps({"eos_token_id": [128001, 128009]}))
+    return folder
+
+
+def test_llama_3_has_the_same_ids_from_either_file(llama_3, llama_3_json, texts, mismatches):
+    ours, from_ranks = load_tokenizer(llama_3_json), llama_3[0]
+    assert (ours.bos, ours.eos, ours.vocab_size) == (128000, 128001, 128256)
+    both = {"bos": True, "eos": True}
+    pairs = ((ours.encode(t, **both), from_ranks.encode(t, **both)) for t in texts)
+    assert mismatches("ids of records, Llama-3's tokenizer.json", "its ranks", pairs) == 0
+
+
+@pytest.fixture(scope="module", params=["Llama-3", "SmolLM2", "GPT-2's split", "whole words first"])
+def from_json(request, tmp_path_factory):
+    """(name, ours, the library's) of one tokenizer.json."""
+    if request.param == "Llama-3":
+        path = request.getfixturevalue("llama_3_json") / "tokenizer.json"
+        return request.param, load_tokenizer(path), theirs_from(path)
+    source = request.getfixturevalue("smollm2") / "tokenizer.json"
+    made = Tokenizer.from_file(str(source))
+    if request.param == "GPT-2's split":
+        made.pre_tokenizer = ByteLevel(add_prefix_space=False)
+        made.add_tokens(
+            [AddedToken("the sky", normalized=True), AddedToken("the", normalized=True)]
+        )
+    if request.param == "whole words first":
+        made.model.ignore_merges = True
+    path = tmp_path_factory.mktemp("made") / "tokenizer.json"
+    made.save(str(path))
+    (path.parent / "config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": 2}))
+    return request.param, load_tokenizer(path), theirs_from(path)
+
+
+def same_ids(from_json, texts):
+    _, ours, theirs = from_json
+    for text in texts:
+        expected = theirs.encode(text, add_special_tokens=False).ids
+        yield ours.encode(text, bos=False, eos=False), expected
+
+
+def test_ids_from_tokenizer_json_are_the_librarys_on_every_record(from_json, texts, mismatches):
+    what = f"ids of records, tokenizer.json: {from_json[0]}"
+    assert mismatches(what, "tokenizers", same_ids(from_json, texts)) == 0
+
+
+def test_ids_from_tokenizer_json_are_the_librarys_on_random_unicode(from_json, mismatches):
+    what = f"ids of random Unicode, tokenizer.json: {from_json[0]}"
+    assert mismatches(what, "tokenizers", same_ids(from_json, random_texts(20_000))) == 0
+
+
+@pytest.mark.parametrize("text", ["中文字" * 3000, "ab" * 5000, " " * 3000, "!?" * 3000], ids=ascii)
+def test_ids_of_long_unbroken_text_are_the_librarys(text, from_json):
+    (ours, theirs), *_ = same_ids(from_json, [text])
+    assert ours == theirs
+
+
+def test_decoded_text_is_the_librarys(from_json, texts):
+    _, ours, theirs = from_json
+    for text in texts[::50] + random_texts(500):
+        ids = ours.encode(text, bos=False, eos=False)
+        assert ours.decode(ids) == theirs.decode(ids)

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -32,6 +33,7 @@ LLAMA_3 = {
     "ffn_dim_multiplier": 1.3,
     "rope_theta": 500000.0,
 }
+LLAMA_3_1 = LLAMA_3 | {"use_scaled_rope": True}
 FFN = {
     "LLAMA_1": 88,
     "LLAMA_3": 112,
@@ -96,11 +98,28 @@ def write_meta(folder, params: dict, hidden: int, tokenizer: bytes, n_files: int
     return whole
 
 
+def scaled_as_meta_does(f: torch.Tensor, factor: float) -> torch.Tensor:
+    """Llama 3.1's frequencies, one at a time: 8192 positions first, low factor 1, high factor 4."""
+    new = []
+    for frequency in f.tolist():
+        wave_length = 2 * math.pi / frequency
+        if wave_length > 8192 / 1:
+            frequency /= factor
+        elif wave_length > 8192 / 4:
+            smooth = (8192 / wave_length - 1) / (4 - 1)
+            frequency = (1 - smooth) * frequency / factor + smooth * frequency
+        new.append(frequency)
+    return torch.tensor(new).double()
+
+
 def meta_forward(params: dict, w: dict, ids: torch.Tensor) -> torch.Tensor:  # (T,) -> (T, V)
     """LLaMA with Meta's rotation: neighbours are one complex number, turned by e^(i·t·f)."""
     T, H, D = len(ids), params["n_heads"], params["dim"] // params["n_heads"]
     G = params.get("n_kv_heads", H)
     f = params.get("rope_theta", 10000.0) ** (-torch.arange(0, D, 2).double() / D)
+    if params.get("use_scaled_rope"):
+        tied = torch.equal(w["output.weight"], w["tok_embeddings.weight"])
+        f = scaled_as_meta_does(f, 32 if tied else 8)
     turn = torch.polar(torch.ones(T, D // 2).double(), torch.outer(torch.arange(T).double(), f))[
         :, None
     ]
@@ -155,6 +174,23 @@ def test_the_converted_checkpoint_gives_the_logits_of_metas_own_forward(
     ids = torch.randint(len(w["output.weight"]), (12,), generator=torch.Generator().manual_seed(1))
     logits = load_llama(tmp_path / "hf", dtype=torch.float32)(ids[None])[0]
     torch.testing.assert_close(logits.double(), meta_forward(params, w, ids), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("head", ["its own", "a copy", "absent"])
+def test_llama_3_1_scales_by_8_and_3_2_whose_embeddings_are_tied_by_32(head, tmp_path):
+    w = write_meta(tmp_path / "meta", LLAMA_3_1, FFN["LLAMA_3"], byte_tokenizer(), 1)
+    if head != "its own":
+        w["output.weight"] = w["tok_embeddings.weight"]
+        stored = {k: v for k, v in w.items() if k != "output.weight" or head == "a copy"}
+        torch.save(stored, tmp_path / "meta/consolidated.00.pth")
+    assert main([str(tmp_path / "meta"), str(tmp_path / "hf")]) == 0
+    model = load_llama(tmp_path / "hf", dtype=torch.float32)
+    assert model.cfg.tie_embeddings == (head != "its own") and model.cfg.max_positions == 131072
+    ids = torch.randint(512, (40,), generator=torch.Generator().manual_seed(1))
+    logits = model(ids[None])[0].double()
+    torch.testing.assert_close(logits, meta_forward(LLAMA_3_1, w, ids), rtol=1e-5, atol=1e-5)
+    plain = meta_forward(LLAMA_3, w, ids)
+    assert (logits - plain).abs().max() > 1e-3
 
 
 def test_the_converted_config_names_the_tokenizers_own_begin_and_end(tmp_path):
@@ -220,16 +256,28 @@ def test_hf_to_meta_undoes_meta_to_hf(shape):
             },
             14336,
         ),
+        (
+            "Llama-3.2-1B",
+            {
+                "dim": 2048,
+                "multiple_of": 256,
+                "n_heads": 32,
+                "n_layers": 16,
+                "norm_eps": 1e-5,
+                "n_kv_heads": 8,
+                "ffn_dim_multiplier": 1.5,
+                "rope_theta": 500000.0,
+                "vocab_size": 128256,
+                "use_scaled_rope": True,
+            },
+            8192,
+        ),
     ],
 )
 def test_the_published_widths_follow_from_params_json(name, params, hidden, tmp_path):
     (tmp_path / "params.json").write_text(json.dumps(params))
     cfg = read_params(tmp_path / "params.json", SimpleNamespace(vocab_size=32000, bos=1, eos=2))
     assert (cfg.hidden_dim, cfg.vocab_size) == (hidden, params.get("vocab_size", 32000))
-
-
-def spoil_rope(folder):
-    (folder / "params.json").write_text(json.dumps(LLAMA_3 | {"use_scaled_rope": True}))
 
 
 def spoil_params(folder):
@@ -257,7 +305,6 @@ def spoil_names(folder):
 @pytest.mark.parametrize(
     "spoil, named",
     [
-        (spoil_rope, "use_scaled_rope"),
         (spoil_params, "multiple_of"),
         (spoil_tokenizer, "tokenizer.model"),
         (spoil_numbering, "consolidated.02.pth"),
