@@ -70,8 +70,8 @@ def every_instant(folder: Path):
         case = shutil.copytree(old, folder / "case")
         killed(n, *command(case), "--overwrite")
         problem = None
-        record = json.loads((case / "run.json").read_text())
-        if record["settings"]["seed"] == 0:  # the old run is gone, the new one has begun
+        run_json = json.loads((case / "run.json").read_text())
+        if run_json["settings"]["seed"] == 0:  # the old run is gone, the new one has begun
             if any(map(runs.damage, runs.checkpoints(case))):
                 problem = "a listed checkpoint is damaged"
             result = go_on(case, *command(case))

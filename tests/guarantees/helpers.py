@@ -188,7 +188,7 @@ def outcome(run_folder: Path) -> dict:
     """All that two equal runs share, byte for byte: adapters, optimizer, random numbers, position,
     metrics, facts."""
     last = runs.checkpoints(run_folder)[0]
-    record, state = (
+    run_json, state = (
         json.loads(path.read_text()) for path in (run_folder / "run.json", last / "state.json")
     )
     files = [
@@ -200,7 +200,7 @@ def outcome(run_folder: Path) -> dict:
         "best, last, optimizer": [file.read_bytes() for file in files],
         "step": last.name,
         "metrics": rows(run_folder),
-        "record": record | {"seconds": None, "commit": None},
+        "run.json": run_json | {"seconds": None, "commit": None},
         "state": state | {"seconds": None},
     }
 

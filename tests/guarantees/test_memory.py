@@ -103,7 +103,7 @@ def test_the_memory_line_is_planned_in_training_mode_and_draws_no_random_number(
     model = Llama(CFG)
     rora.attach(model, "rora", 8, dropout=0.05)
     records = [Record(torch.randint(3, 80, (n,)).tolist(), 1, 1) for n in (30, 9, 20, 12)]
-    s = jobs.Settings(
+    settings = jobs.Settings(
         ckpt="",
         data="",
         method="rora",
@@ -129,7 +129,7 @@ def test_the_memory_line_is_planned_in_training_mode_and_draws_no_random_number(
         checkpoint_blocks="auto",
     )
     state = torch.get_rng_state()
-    plan, largest, recomputed = jobs.plan_memory(model, records, s)
+    plan, largest, recomputed = jobs.plan_memory(model, records, settings)
     assert torch.equal(torch.get_rng_state(), state) and recomputed == 0
     assert plan.tokens == sum(len(r.ids) - 1 for r in largest)
     assert plan.tokens == max(

@@ -127,8 +127,8 @@ def test_a_shared_run_resumes_exactly_and_only_with_as_many_processes(home, tmp_
     finish(torchrun("rora.py", *train_flags(home, tmp_path / "cut", *flags)))
     run = tmp_path / "cut"
     runs.discard(run / "checkpoints/step-000008")  # as if it had been killed after step 6
-    record = json.loads((run / "run.json").read_text())
-    (run / "run.json").write_text(json.dumps(record | {"finished": False}))
+    run_json = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(run_json | {"finished": False}))
     assert rora.main(["--resume", str(run)]) == 2
     assert "trained by 2 processes, this is 1" in capsys.readouterr().err
     finish(torchrun("rora.py", "--resume", str(run)))

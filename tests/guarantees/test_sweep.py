@@ -78,10 +78,14 @@ def checkpoint(folder: Path, weights: bytes = b"one") -> Path:
     return folder
 
 
+def scale_of(settings: dict) -> float:
+    return settings["alpha"] / settings["rank"] ** (0.5 if settings["method"] == "rora" else 1)
+
+
 def result(job: dict, test: float = 50.0, val: float = 50.0, **other) -> dict:
     """The line that a run of this job would leave, with these accuracies."""
     row = {k: job[k] for k in ("ckpt", "checkpoint", "questions", "limit", "settings")}
-    s = row["settings"]
+    settings = row["settings"]
     scores = {"test": test, "val": val, "strict": test}
     row |= {
         split: {
@@ -96,7 +100,7 @@ def result(job: dict, test: float = 50.0, val: float = 50.0, **other) -> dict:
         row
         | {
             "diverged": False,
-            "scale": s["alpha"] / s["rank"] ** (0.5 if s["method"] == "rora" else 1),
+            "scale": scale_of(settings),
             "val_loss": 1.0,
             "tokens": 9,
             "seconds": 1.0,
@@ -368,8 +372,7 @@ def test_the_findings_tell_the_axis_that_made_the_numbers(tmp_path, capsys):
     at lr · √r is the same."""
 
     def made(job):
-        s = job["settings"]
-        x = math.log10(s["lr"] * s["alpha"] / s["rank"] ** (0.5 if s["method"] == "rora" else 1))
+        x = math.log10(job["settings"]["lr"] * scale_of(job["settings"]))
         return result(job, test=80 * math.exp(-((x + 1) ** 2) / 2))
 
     lrs = [10 ** (i / 4 - 4) for i in range(16)]
