@@ -23,7 +23,7 @@ Where precision changes (base dtype: bf16 on CUDA; fp32 or bf16 on a CPU):
 import inspect
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -433,12 +433,17 @@ def generate(model: Llama, prompts: list[list[int]], max_new: int, eos: int) -> 
     return [row[: row.index(eos)] if eos in row else row for row in out.tolist()]
 
 
-def open_llama(folder: str | Path) -> tuple[Llama, TensorFiles, dict[str, tuple[int, ...]]]:
+def open_llama(
+    folder: str | Path, tied: bool | None = None
+) -> tuple[Llama, TensorFiles, dict[str, tuple[int, ...]]]:
     """(the model on the meta device, its files, the tensors to read from them). Reads headers alone.
 
-    Raises CheckpointError when config, names or shapes do not fit.
+    tied: whether lm_head is embed_tokens, whatever config.json says. Raises CheckpointError when
+    config, names or shapes do not fit.
     """
     cfg = LlamaConfig.from_json(Path(folder) / "config.json")
+    if tied is not None:
+        cfg = replace(cfg, tie_embeddings=tied)
     with torch.device("meta"):
         model = Llama(cfg)
     files = TensorFiles(folder)
@@ -462,10 +467,14 @@ def load_llama(
     model, files, want = open_llama(folder)
     cfg = model.cfg
     state = {name: files.read(name, device, dtype) for name in want}
-    if cfg.tie_embeddings:
-        state["lm_head.weight"] = state["embed_tokens.weight"]
+    head, embedding = state.get("lm_head.weight"), state["embed_tokens.weight"]
+    if cfg.tie_embeddings and head is not None and not torch.equal(head, embedding):
+        # the config says tied, the file has a head of its own: the file's is what was trained
+        model = open_llama(folder, tied=False)[0]
+    elif cfg.tie_embeddings:
+        state["lm_head.weight"] = embedding
     model.load_state_dict(state, assign=True)
-    if cfg.tie_embeddings:
+    if model.cfg.tie_embeddings:
         model.lm_head.weight = model.embed_tokens.weight
     return model.eval()  # dropout in adapters attached later stays off until somebody calls train()
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from plumbing import run_folder as runs
 from data import encode_records, epoch_order, load_examples, load_tokenizer, split_validation
-from plumbing.flags import CHECKPOINTS, NonFiniteError, exit_code
+from plumbing.flags import CHECKPOINTS, NonFiniteError, exit_code, find_data
 from llama import Llama, load_llama
 from rora import (
     SCALES,
@@ -228,7 +228,7 @@ def size_of_w(G: Tensor, inputs: Tensor, r: int) -> float:
 
 def tiny(size: dict) -> tuple[Llama, list, list]:
     """The embedded checkpoint, and its records: to train on, held out."""
-    examples = load_examples(TINY.data)
+    examples = load_examples(find_data(TINY.data))
     records = encode_records(examples, load_tokenizer(ROOT / "tiny"), 256)[0]
     train, held_out = split_validation(records, TINY.val_size)
     order = epoch_order(len(train), 0, 0)

@@ -42,6 +42,7 @@ from plumbing.flags import (
     DTYPES,
     FlagError,
     exit_code,
+    find_data,
     find_checkpoint,
     find_device,
     find_dtype,
@@ -260,7 +261,7 @@ def texts(args: argparse.Namespace, tokenizer, of_tiny: bool) -> list[Record]:
             Record(array("i", pretrain.encode(tokenizer, d)[0]), 1, i)
             for i, d in enumerate(islice(documents, n), 1)
         ]
-    examples = load_examples(args.data or row_of(args.ckpt).data)
+    examples = load_examples(find_data(args.data or row_of(args.ckpt).data))
     return encode_records(
         [examples[i] for i in epoch_order(len(examples), 0, 0)[:n]], tokenizer, 256
     )[0]

@@ -1,7 +1,9 @@
 """Which checkpoint, tokenizer, adapter or run is meant, and whether they belong together: before
 any weight is read."""
 
+import hashlib
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -10,15 +12,48 @@ from data import DataError, load_tokenizer
 from llama import Llama, LlamaConfig, load_llama, open_llama
 from plumbing import run_folder
 from plumbing.flags import CHECKPOINTS, FlagError, Settings, find_checkpoint
-from plumbing.peft_files import CheckpointError, ConfigFile
-from rora import load_adapter
+from plumbing.hf_files import CheckpointError, TensorFiles
+from plumbing.peft_files import ConfigFile
+from plumbing.tokenizer_files import find_tokenizer_file
+from rora import NonFiniteError, load_adapter
 
 
 def load_base(ckpt: str, device: torch.device, dtype: torch.dtype | None) -> Llama:
     folder = find_checkpoint(ckpt)
     model = load_llama(folder, device, dtype)
+    refuse_not_finite(model, f"{folder}: ", "; the file is damaged: download it again")
     model.source = ckpt if ckpt in CHECKPOINTS else str(folder)  # named in saved adapters
     return model
+
+
+def refuse_not_finite(model: Llama, before: str, after: str) -> None:
+    """Raise NonFiniteError with the name of a weight that holds NaN or infinity."""
+    weights = dict(model.named_parameters())
+    finite = torch.stack([torch.isfinite(p).all() for p in weights.values()])
+    for name, good in zip(weights, finite.tolist()):  # the device is waited for once
+        if not good:
+            raise NonFiniteError(f"{before}{name} holds NaN or infinity{after}")
+
+
+# What a config says that changes nothing the model computes, or that the weights themselves tell.
+BESIDE_THE_MEANING = ("bos", "eos", "max_positions", "tie_embeddings")
+
+
+def base_identity(ckpt: str) -> str:
+    """By what a base is known again: its weights and its config's meaning, not how and where they
+    are written."""
+    folder = find_checkpoint(ckpt)
+    meaning = asdict(LlamaConfig.from_json(folder / "config.json"))
+    said = {k: v for k, v in meaning.items() if v is not None and k not in BESIDE_THE_MEANING}
+    text = json.dumps(said, sort_keys=True) + TensorFiles(folder).identity()
+    return KNOWN_BY + hashlib.sha256(text.encode()).hexdigest()
+
+
+KNOWN_BY = "sampled weights: "  # earlier versions knew a base by its files' headers
+
+
+def tokenizer_identity(ckpt: str) -> str:
+    return run_folder.sha256(find_tokenizer_file(find_checkpoint(ckpt)))
 
 
 def find_tokenizer(ckpt: str):
@@ -82,15 +117,17 @@ def read_run(folder: Path) -> dict:
     """run.json, its settings checked. Raises RunError."""
     try:
         run_json = json.loads((folder / "run.json").read_text())
-        for key in ("finished", "base_sha256", "data_sha256"):
+        for key in ("finished", "base_sha256", "data_sha256", "tokenizer_sha256"):
             run_json[key]
+        if not run_json["base_sha256"].startswith(KNOWN_BY):
+            raise ValueError("base_sha256 is not of sampled weights")
         Settings.from_json(run_json["settings"])
         return run_json
     except FileNotFoundError:
         raise run_folder.RunError(f"{folder} is not a run folder: it has no run.json") from None
     except OSError as e:
         raise run_folder.RunError(f"{folder}/run.json: {e.strerror}") from None
-    except (ValueError, KeyError, TypeError, RecursionError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise run_folder.RunError(
             f"{folder}/run.json is damaged or from another version ({e}); start the run again with "
             "--overwrite"
@@ -100,14 +137,14 @@ def read_run(folder: Path) -> dict:
 def refuse_strangers(folder: Path, ckpt: str) -> None:
     """Raise CheckpointError unless adapter, run and base belong together: before the base's weights
     are read."""
-    trial, files, _ = open_llama(find_checkpoint(ckpt))
+    trial = open_llama(find_checkpoint(ckpt))[0]
     adapter = load_adapter(trial, folder)
     run = run_of(folder)
     if not run:
         return
     run_json = read_run(run)
     settings = run_json["settings"]
-    if files.fingerprint() != run_json["base_sha256"]:
+    if base_identity(ckpt) != run_json["base_sha256"]:
         raise CheckpointError(
             f"{ckpt} is not the base that {folder} was trained on, {settings['ckpt']}; to try it "
             "all the same, copy the two adapter files elsewhere"

@@ -54,8 +54,8 @@ CHECKPOINTS = {
         alpha=16,
         epochs=2,
         val_size=40,
-        data=str(HERE / "tiny/data/train.json"),
-        tests=str(HERE / "tiny/data"),
+        data="tiny/data/train.json",
+        tests="tiny/data",
         cuda_dtype="fp32",
     ),
     "llama-7b": PAPER,
@@ -124,6 +124,7 @@ class Settings:
 
 
 MAY_CHANGE = {"micro_batch_size", "checkpoint_blocks"}
+MAY_MOVE = {"ckpt", "data"}  # what they hold is known by its hash
 MAY_BE_ZERO = {"dropout", "warmup", "val_size", "seed", "checkpoint_blocks"}
 CHOICES = {  # the tables themselves: a row that is added later counts
     "method": METHODS,
@@ -157,6 +158,12 @@ def find_checkpoint(name: str) -> Path:
     if name in CHECKPOINTS:
         hint = f"./weights_download.sh {name} fetches it"
     raise CheckpointError(f"no checkpoint folder {name} or checkpoints/{name}; {hint}")
+
+
+def find_data(name: str) -> Path:
+    """A file or folder; what is not here may be beside rora.py, as the embedded model's data are."""
+    ours = HERE / name
+    return ours if not Path(name).exists() and ours.exists() else Path(name)
 
 
 def row_of(ckpt: str) -> Checkpoint:

@@ -124,6 +124,7 @@ class TensorFiles:
         self.dtypes: dict[str, torch.dtype] = {}
         self._where: dict[str, tuple[Path, str]] = {}
         self._pickles: dict[Path, dict[str, Tensor]] = {}
+        self._headers_of: dict[Path, tuple[int, dict]] = {}  # (where the data begins, the header)
         for path in self.files:
             for name, shape, dtype in self._headers(path):
                 ours = name.removeprefix("model.")
@@ -224,20 +225,46 @@ class TensorFiles:
         with safe_open(path, "pt", device=str(device)) as file:
             return file.get_tensor(stored).to(dtype or self.dtypes[name])
 
-    def fingerprint(self) -> str:
-        """sha256 over config.json, the tokenizer, and each weight file's name, size and safetensors
-        header: quick, and tells apart any two checkpoints that differ in shape, precision or
-        layout."""
-        digest = hashlib.sha256((self.folder / "config.json").read_bytes())
-        there = [name for name in TOKENIZER_FILES if (self.folder / name).is_file()]
-        if there:
-            digest.update((self.folder / there[0]).read_bytes())
-        for path in self.files:
-            digest.update(f"{path.name} {path.stat().st_size}\n".encode())
-            if path.suffix == ".safetensors":
-                with path.open("rb") as file:
-                    digest.update(file.read(int.from_bytes(file.read(8), "little")))
+    def identity(self) -> str:
+        """sha256 over every tensor's name, shape, dtype and a sample of its bytes: the same for the
+        same weights in .bin, safetensors or other shards. 13.5 GB in 291 tensors: 1.2 MB are read.
+        """
+        digest = hashlib.sha256()
+        head, embedding = self.sample("lm_head.weight"), self.sample("embed_tokens.weight")
+        for name in sorted(self.shapes):
+            if name == "lm_head.weight" and head == embedding:
+                continue  # tied: some files hold it twice
+            digest.update(f"{name} {self.shapes[name]} {self.dtypes[name]}\n".encode())
+            digest.update(self.sample(name))
         return digest.hexdigest()
+
+    def sample(self, name: str) -> bytes:
+        """4 KB of a tensor, in pieces spread evenly over it; all of a smaller one."""
+        if name not in self._where:
+            return b""
+        path, stored = self._where[name]
+        if path in self._pickles:
+            flat = self._pickles[path][stored].reshape(-1).view(torch.uint8)
+            return b"".join(bytes(flat[a:b].tolist()) for a, b in pieces(flat.numel()))
+        with path.open("rb") as file:
+            if path not in self._headers_of:
+                length = int.from_bytes(file.read(8), "little")
+                self._headers_of[path] = (8 + length, json.loads(file.read(length)))
+            start, header = self._headers_of[path]
+            first, end = header[stored]["data_offsets"]
+            sampled = b""
+            for a, b in pieces(end - first):
+                file.seek(start + first + a)
+                sampled += file.read(b - a)
+            return sampled
+
+
+def pieces(size: int, number: int = 16, length: int = 256) -> list[tuple[int, int]]:
+    """Which bytes of `size` stand for all."""
+    if size <= number * length:
+        return [(0, size)]
+    starts = [i * (size - length) // (number - 1) for i in range(number)]
+    return [(start, start + length) for start in starts]
 
 
 def write_tensors(

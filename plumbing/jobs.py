@@ -32,21 +32,32 @@ from data import (
 )
 from llama import Llama, open_llama, save_llama
 from plumbing import memory, processes, refuse, run_folder
-from plumbing.finding import find_adapter, find_tokenizer, load_base, read_run, refuse_strangers
+from plumbing.finding import (
+    base_identity,
+    find_adapter,
+    find_tokenizer,
+    load_base,
+    read_run,
+    refuse_not_finite,
+    refuse_strangers,
+    tokenizer_identity,
+)
 from plumbing.flags import (
     DTYPES,
     HERE,
     MAY_CHANGE,
+    MAY_MOVE,
     FlagError,
     OutOfMemory,
     Settings,
     exit_code,
     find_checkpoint,
+    find_data,
     find_device,
     resolve,
     training_parser,
 )
-from plumbing.hf_files import COMPANIONS, CheckpointError, TensorFiles, save_file
+from plumbing.hf_files import COMPANIONS, CheckpointError, read_json, save_file
 from plumbing.peft_files import format_words, read_adapter, write_adapter
 from plumbing.training import follow, peak_memory, team, total_steps
 from rora import METHODS, SCALES, adapter_settings, attach, load_adapter, merge, trainable
@@ -106,7 +117,7 @@ def prepare(settings: Settings, device: torch.device) -> tuple[Llama, list[Recor
 
 def read_records(settings: Settings, tokenizer) -> tuple[list[Record], list[Record]]:
     """(training records, held-out records)."""
-    examples = load_examples(settings.data)
+    examples = load_examples(find_data(settings.data))
     split_validation(examples, settings.val_size)  # refuses a --val-size that is too large
     many = None if len(examples) > 20_000 else True
     records, cut, dropped = encode_records(
@@ -142,8 +153,9 @@ def facts(settings: Settings, model: Llama) -> dict:
         "device": str(model.lm_head.weight.device),
         "trainable": sum(p.numel() for p in trainable(model).values()),
         "processes": processes.world(),
-        "base_sha256": TensorFiles(find_checkpoint(settings.ckpt)).fingerprint(),
-        "data_sha256": run_folder.sha256(Path(settings.data)),
+        "base_sha256": base_identity(settings.ckpt),
+        "tokenizer_sha256": tokenizer_identity(settings.ckpt),
+        "data_sha256": run_folder.sha256(find_data(settings.data)),
         "python": platform.python_version(),
         "packages": {p: version(p) for p in ("torch", "safetensors", "sentencepiece", "tqdm")},
         "commit": commit,
@@ -223,12 +235,18 @@ def resume(args: argparse.Namespace) -> int:
             print(f"note: {complaint}; using the older {newest}", file=sys.stderr)
         model, records, held_out = prepare(settings, find_device(args.device))
         now = facts(settings, model)
-        for key, what in [("data_sha256", settings.data), ("base_sha256", settings.ckpt)]:
+        for key, what, flag in [
+            ("data_sha256", settings.data, "--data"),
+            ("base_sha256", settings.ckpt, "--ckpt"),
+            ("tokenizer_sha256", f"the tokenizer of {settings.ckpt}", "--ckpt"),
+        ]:
             if now[key] != run_json[key]:
                 raise DataError(
-                    f"{what} is not what {folder} was started with; put the original back, or "
-                    "start a new run"
+                    f"{what} is not what {folder} was started with; put the original back, say "
+                    f"with {flag} where it is now, or start a new run"
                 )
+        moved = {name: getattr(settings, name) for name in sorted(MAY_MOVE)}
+        run_json["settings"] |= moved  # where they are now, for scoring and merging
         print(f"resuming {newest}")
         processes.wait()
         if processes.first():  # the places of the damaged are needed: these steps come again
@@ -245,7 +263,9 @@ def changed(folder: Path, settings: Settings, args: argparse.Namespace) -> Setti
         value = tuple(value) if isinstance(value, list) else value
         if value is not None and value != getattr(settings, f.name):
             changes[f.name] = value
-    if refused := {name: value for name, value in changes.items() if name not in MAY_CHANGE}:
+    if refused := {
+        name: value for name, value in changes.items() if name not in MAY_CHANGE | MAY_MOVE
+    }:
         other = ", ".join(
             f"--{name.replace('_', '-')} {getattr(settings, name)} (now {value})"
             for name, value in refused.items()
@@ -462,12 +482,19 @@ def merge_files(args: argparse.Namespace) -> int:
     model = load_base(ckpt, torch.device("cpu"), None)
     load_adapter(model, folder)
     merge(model)
+    kind = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
+    advice = f" once the adapter is in: more than {kind} can hold; nothing was written"
+    refuse_not_finite(model, "", advice)
     with run_folder.new_folder(out) as temporary:
         save_llama(model, temporary)
         for name in COMPANIONS:
             if (base / name).is_file():
                 (temporary / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(base / name, temporary / name)
+        config = read_json(temporary / "config.json")
+        tied = model.cfg.tie_embeddings  # not as the base's says, if its file has another head
+        if bool(config.get("tie_word_embeddings")) != tied:
+            run_folder.write_json(temporary / "config.json", config | {"tie_word_embeddings": tied})
     print(f"saved {out}: {ckpt} with {folder} merged in, {model.embed_tokens.weight.dtype}")
     return 0
 

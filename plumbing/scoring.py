@@ -26,12 +26,14 @@ from data import (
 from llama import Llama, generate
 from plumbing import memory, processes, run_folder
 from plumbing.finding import (
+    base_identity,
     find_adapter,
     find_tokenizer,
     load_base,
     read_run,
     refuse_strangers,
     run_of,
+    tokenizer_identity,
 )
 from plumbing.flags import (
     DTYPES,
@@ -39,14 +41,14 @@ from plumbing.flags import (
     Parser,
     at_least,
     exit_code,
-    find_checkpoint,
+    find_data,
     find_device,
     find_dtype,
     naming_memory,
     row_of,
 )
-from plumbing.hf_files import TensorFiles, read_json
-from plumbing.peft_files import CheckpointError, adapter_file
+from plumbing.hf_files import CheckpointError, read_json
+from plumbing.peft_files import adapter_file
 from rora import load_adapter, loss_sum, merge
 
 NEW_TOKENS = Task("").new_tokens
@@ -347,7 +349,6 @@ def score(args: argparse.Namespace) -> int:
     if not args.run and not args.ckpt:
         raise FlagError("what shall be scored? Give a run folder, or --ckpt NAME for a base model")
     folder, ckpt = find_adapter(args.run, args.ckpt) if args.run else (None, args.ckpt)
-    base = find_checkpoint(ckpt)
     device = find_device(args.device)
     dtype = find_dtype(args.dtype, ckpt, device)
     trained = run_of(folder) if folder else None
@@ -359,7 +360,7 @@ def score(args: argparse.Namespace) -> int:
             question = question.encode("utf-8", "replace").decode()  # half a character may come in
             print("    " + ask(model, tokenizer, question.replace("\\n", "\n"), style))
         return 0
-    data = args.data or row_of(ckpt).tests
+    data = str(find_data(args.data or row_of(ckpt).tests))
     tests = find_tests(data, args.tasks, args.limit)
     tokenizer = find_tokenizer(ckpt)
     out = (
@@ -370,7 +371,8 @@ def score(args: argparse.Namespace) -> int:
     run_folder.check_writable(out)
     identity = {
         "adapter_sha256": run_folder.sha256(adapter_file(folder)) if folder else None,
-        "base_sha256": TensorFiles(base).fingerprint(),
+        "base_sha256": base_identity(ckpt),
+        "tokenizer_sha256": tokenizer_identity(ckpt),
         "decode": DECODE,
         "prompt": style,
         "dtype": dtype,

@@ -46,6 +46,7 @@ MAY_IMPORT = {
         "plumbing.hf_files",
         "plumbing.peft_files",
         "plumbing.run_folder",
+        "plumbing.tokenizer_files",
     },
     "plumbing.training": {
         "data",
