@@ -48,7 +48,7 @@ import torch
 import eval as judge
 import rora
 from plumbing import run_folder as runs
-from data import TASKS
+from data import PAPER_TASKS
 from plumbing.flags import (
     CHECKPOINTS,
     MAY_CHANGE,
@@ -94,7 +94,7 @@ def world(ckpt: str) -> tuple[Checkpoint, dict[str, Path]]:
         else {"test": Path(recipe.tests)}
     )
     for home in homes.values():
-        if missing := [task for task in TASKS if not (home / task / "test.json").is_file()]:
+        if missing := [task for task in PAPER_TASKS if not (home / task / "test.json").is_file()]:
             raise FlagError(f"no {home / missing[0] / 'test.json'}: run ./weights_download.sh data")
     return recipe, homes
 

@@ -13,7 +13,7 @@ import sentencepiece
 import torch
 
 import eval as judge
-from data import TASKS, format_prompt, load_tokenizer
+from data import PAPER_TASKS, format_prompt, load_tokenizer
 from llama import Llama, LlamaConfig, save_llama
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -126,7 +126,7 @@ def benchmark(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("benchmark")
     write_checkpoint(folder / "toy")
     legal = {"piqa": "solution1", "hellaswag": "ending3", "winogrande": "option2"}
-    for i, task in enumerate(TASKS):
+    for i, task in enumerate(PAPER_TASKS):
         name = f"{task}.json" if i % 2 else f"{task}/test.json"
         path = write_records(folder / "tests" / name, 7)
         if task != "boolq":
