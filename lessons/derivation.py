@@ -1,12 +1,16 @@
 """The paper's argument, Eq. 2 to 15, one step after the other, each beside what is measured.
 
-    python lessons/derivation.py           five minutes on two cores: results/derivation.json, then the page and its picture
-    python lessons/derivation.py --quick   a look in seconds: smaller everywhere, written to runs/lessons/derivation
+    python lessons/derivation.py           five minutes on two cores: results/derivation.json, then
+                                           the page and its picture
+    python lessons/derivation.py --quick   a look in seconds: smaller everywhere, written to
+                                           runs/lessons/derivation
 
-Read from top to bottom: the functions follow the paper's equations. derivation_page.py says what came of them.
+Read from top to bottom: the functions follow the paper's equations. derivation_page.py says what
+came of them.
 
-Letters: w is what the adapter adds to a layer's output, γ the scale, η the learning rate, p the layer's input width, x the
-input of the first step and x' that of the next; G = ∂L/∂W. A and B are rora.py's lora_A (r, p) and lora_B (O, r).
+Letters: w is what the adapter adds to a layer's output, γ the scale, η the learning rate, p the
+layer's input width, x the input of the first step and x' that of the next; G = ∂L/∂W. A and B are
+rora.py's lora_A (r, p) and lora_B (O, r).
 """
 
 import argparse
@@ -24,7 +28,7 @@ from torch import Tensor, nn
 
 from plumbing import run_folder as runs
 from data import encode_records, epoch_order, load_examples, load_tokenizer, split_validation
-from plumbing.flags import CHECKPOINTS, NonFiniteError, exit_code, find_data
+from plumbing.flags import CHECKPOINTS, NonFiniteError, exit_code
 from llama import Llama, load_llama
 from rora import (
     SCALES,
@@ -71,11 +75,13 @@ def adapter(base: nn.Linear, rank: int, rule: str) -> LoRALinear:
     return LoRALinear(base, rank, RULES[rule](TINY.alpha, rank) * rank)
 
 
-# --- Eq. 2 to 4: what the first step makes of w ----------------------------------------------------
+# --- Eq. 2 to 4: what the first step makes of w -------------------------------------------------
 
 
 def first_step_by_hand(p: int, rank: int = 16, eta: float = 0.1) -> dict:
-    """One real SGD step of a real layer against Eq. 3 and Eq. 4, as relative errors; and the size of A's gradient."""
+    """One real SGD step of a real layer against Eq. 3 and Eq. 4, as relative errors; and the size
+    of A's gradient.
+    """
     torch.manual_seed(0)
     layer = RoRALinear(nn.Linear(p, p, bias=False), rank, TINY.alpha).double()
     A, gamma, (x, later, delta) = (
@@ -98,14 +104,15 @@ def first_step_by_hand(p: int, rank: int = 16, eta: float = 0.1) -> dict:
     }
 
 
-# --- Eq. 5 to 9: how far w spreads -----------------------------------------------------------------
+# --- Eq. 5 to 9: how far w spreads --------------------------------------------------------------
 
 
 def products(
     rank: int, p: int, draws: int, rho: float = 0.0, real: bool = False
 ) -> Tensor:  # (draws,)
-    """xᵀAᵀA x', which is Eq. 4 without its factor -η δ γ². x and x' standard normal, correlated by rho, as the paper's A is;
-    real: A as LoRALinear begins with it, U(±1/√p), variance 1/(3p)."""
+    """xᵀAᵀA x', which is Eq. 4 without its factor -η δ γ². x and x' standard normal, correlated by
+    rho, as the paper's A is; real: A as LoRALinear begins with it, U(±1/√p), variance 1/(3p).
+    """
     found = []
     while draws > 0:
         n = min(draws, max(1, 2**22 // (rank * p)))
@@ -129,8 +136,9 @@ def moments(v: Tensor) -> dict:
 
 
 def exact_variance(r: int, p: int) -> float:
-    """Var xᵀAᵀA x' = E tr (AᵀA)² = Σ over pairs of A's rows of E (a_k·a_m)²: r of a row with itself, p² + 2p each, and
-    r (r - 1) of two different ones, p each."""
+    """Var xᵀAᵀA x' = E tr (AᵀA)² = Σ over pairs of A's rows of E (a_k·a_m)²: r of a row with
+    itself, p² + 2p each, and r (r - 1) of two different ones, p each.
+    """
     return r * p * (r + p + 1)
 
 
@@ -144,7 +152,9 @@ def eq8_variance(r: int, p: int) -> float:
 
 
 def real_variance(r: int, p: int) -> float:
-    """exact_variance with uniform entries of variance 1/(3p), whose fourth moment is 1.8 of its square, not 3."""
+    """exact_variance with uniform entries of variance 1/(3p), whose fourth moment is 1.8 of its
+    square, not 3.
+    """
     return r * p * (r + p - 0.2) / (3 * p) ** 2
 
 
@@ -173,11 +183,13 @@ def spreads(size: dict) -> list[dict]:
     return rows
 
 
-# --- Eq. 10 to 15: one real step on one layer ------------------------------------------------------
+# --- Eq. 10 to 15: one real step on one layer ---------------------------------------------------
 
 
 def one_layer(rank: int, rule: str, optimizer: str, width: int, seed: int) -> dict:
-    """One real step on 64 inputs: norm of B's gradient, ‖w‖ on these inputs and on fresh ones (rms), fall of the loss."""
+    """One real step on 64 inputs: norm of B's gradient, ‖w‖ on these inputs and on fresh ones
+    (rms), fall of the loss.
+    """
     torch.manual_seed(seed)
     layer = adapter(nn.Linear(width, width, bias=False), rank, rule).double()
     x, goal, fresh = torch.randn(3, 64, width).double()
@@ -215,7 +227,9 @@ def kappa2(G: Tensor, inputs: Tensor) -> float:
 
 
 def size_of_w(G: Tensor, inputs: Tensor, r: int) -> float:
-    """√E ‖G AᵀA x'‖² for normal A of variance 1:  r² ‖G x'‖², the coherent part, and r (‖G‖² ‖x'‖² + ‖G x'‖²), the incoherent."""
+    """√E ‖G AᵀA x'‖² for normal A of variance 1:  r² ‖G x'‖², the coherent part, and r (‖G‖² ‖x'‖²
+    + ‖G x'‖²), the incoherent.
+    """
     both, coherent = (
         G.square().sum() * inputs.square().sum(1).mean(),
         (inputs @ G.T).square().sum(1).mean(),
@@ -223,12 +237,12 @@ def size_of_w(G: Tensor, inputs: Tensor, r: int) -> float:
     return ((r**2 + r) * coherent + r * both).sqrt().item()
 
 
-# --- the same on the trained tiny model ------------------------------------------------------------
+# --- the same on the trained tiny model ---------------------------------------------------------
 
 
 def tiny(size: dict) -> tuple[Llama, list, list]:
     """The embedded checkpoint, and its records: to train on, held out."""
-    examples = load_examples(find_data(TINY.data))
+    examples = load_examples(TINY.data)
     records = encode_records(examples, load_tokenizer(ROOT / "tiny"), 256)[0]
     train, held_out = split_validation(records, TINY.val_size)
     order = epoch_order(len(train), 0, 0)
@@ -247,7 +261,9 @@ def adapted(base: Llama, rank: int, rule: str, seed: int = 0) -> Llama:
 
 
 def new_optimizer(model: Llama, name: str, ratio: float = 1.0) -> torch.optim.Optimizer:
-    """rora.py's AdamW, or plain SGD. ratio: by how much B's learning rate is larger than A's (train_step reads lr_ratio)."""
+    """rora.py's AdamW, or plain SGD. ratio: by how much B's learning rate is larger than A's
+    (train_step reads lr_ratio).
+    """
     params = trainable(model)
     groups = [
         {"params": [p for n, p in params.items() if n.endswith(ending)], "lr_ratio": times}
@@ -289,8 +305,10 @@ def size_of_update(model: Llama, records: list) -> float:
 def tiny_step(
     base: Llama, batch: list, held_out: list, rank: int, rule: str, optimizer: str
 ) -> dict:
-    """one_layer's numbers on the whole model; `fresh` are held-out records. The step is so small that the loss falls along its slope,
-    by about FALL; what depends on the step is therefore given per unit of lr."""
+    """one_layer's numbers on the whole model; `fresh` are held-out records. The step is so small
+    that the loss falls along its slope, by about FALL; what depends on the step is therefore given
+    per unit of lr.
+    """
     model = adapted(base, rank, rule)
     train_step(model, batch, new_optimizer(model, optimizer), 0.0, len(batch), clip=NO_CLIP)
     B = [p.grad for name, p in trainable(model).items() if name.endswith("lora_B")]
@@ -310,7 +328,9 @@ def tiny_step(
 
 
 def alignment(base: Llama, batch: list, held_out: list) -> dict[str, dict]:
-    """kappa2 of G, from one batch, with inputs of other records: the median over layers, by kind of layer."""
+    """kappa2 of G, from one batch, with inputs of other records: the median over layers, by kind of
+    layer.
+    """
     model, inputs, found = copy.deepcopy(base), {}, {}
     train_step(
         model, batch, torch.optim.SGD(model.parameters(), lr=0.0), 0.0, len(batch), clip=NO_CLIP
@@ -339,7 +359,9 @@ def many_steps(
     lr: float,
     ratio: float = 1.0,
 ) -> dict:
-    """The recipe's schedule on the whole model. `after` is the loss on held-out records, None where it became infinite."""
+    """The recipe's schedule on the whole model. `after` is the loss on held-out records, None where
+    it became infinite.
+    """
     model, losses = adapted(base, rank, rule), []
     stepper = new_optimizer(model, optimizer, ratio)
     for step in range(size["steps"]):
@@ -358,7 +380,7 @@ def many_steps(
     return {"after": after, "update": size_of_update(model, held_out), "losses": losses}
 
 
-# --- all of it -------------------------------------------------------------------------------------
+# --- all of it ----------------------------------------------------------------------------------
 
 
 def averaged(rows: list[dict]) -> dict:

@@ -1,4 +1,5 @@
-"""What derivation.py measured, as a page (lessons/derivation.md) and a picture. Standard library; the picture needs matplotlib.
+"""What derivation.py measured, as a page (lessons/derivation.md) and a picture. Standard library;
+the picture needs matplotlib.
 
     python lessons/derivation_page.py    both again, from lessons/results/derivation.json
 
@@ -74,81 +75,98 @@ class Results:
         return next(s for s in self.all["spreads"] if s["rank"] == rank)
 
 
-# --- the page --------------------------------------------------------------------------------------
+# --- the page -----------------------------------------------------------------------------------
 
 
 PAGE = """\
 # Why √r: the paper's Eq. 2 to 15, measured
 
-Made by `python lessons/derivation.py`; every number below comes from `lessons/results/derivation.json`. The letters are the paper's: w is what
-the adapter adds to a layer's output, γ the scale, x the input of the first step, x' that of the next. α = {alpha}.
+Made by `python lessons/derivation.py`; every number below comes from
+`lessons/results/derivation.json`. The letters are the paper's: w is what the adapter adds to a
+layer's output, γ the scale, x the input of the first step, x' that of the next. α = {alpha}.
 
 ## Eq. 2 to 4: what the first step makes of w
 
-B begins at 0, so A's first gradient is {grad_A} and only B moves. One step of torch's SGD on a real `RoRALinear` of rank {hand_rank} leaves B
-where Eq. 3 says, off by {eq3} of its norm, and w of the next input where Eq. 4 says, off by {eq4}: w = −η δ γ² · xᵀAᵀA x'. These
-equations are right, and all that follows is about xᵀAᵀA x'.
+B begins at 0, so A's first gradient is {grad_A} and only B moves. One step of torch's SGD on a real
+`RoRALinear` of rank {hand_rank} leaves B where Eq. 3 says, off by {eq3} of its norm, and w of the
+next input where Eq. 4 says, off by {eq4}: w = −η δ γ² · xᵀAᵀA x'. These equations are right, and
+all that follows is about xᵀAᵀA x'.
 
 ## Eq. 5 to 9: how far w spreads
 
-A, x and x' independent standard normal, p_in = {p}, {draws} draws at each of {n_ranks} ranks. The mean is 0, as Eq. 6 and 7 say: at most
-{mean_off} standard errors from it. The variance is {var} by Monte Carlo. The exact r·p_in·(r + p_in + 1) {agrees} it: {exact}, at most
-{exact_off} standard errors off at any rank. Eq. 9's r²·p_in does not: {eq9}, up to {eq9_off} standard errors off. Nor does it follow from
-Eq. 8, which as printed is a sum of p_in · r · p_in ones: {eq8} at those ranks.
+A, x and x' independent standard normal, p_in = {p}, {draws} draws at each of {n_ranks} ranks. The
+mean is 0, as Eq. 6 and 7 say: at most {mean_off} standard errors from it. The variance is {var} by
+Monte Carlo. The exact r·p_in·(r + p_in + 1) {agrees} it: {exact}, at most {exact_off} standard
+errors off at any rank. Eq. 9's r²·p_in does not: {eq9}, up to {eq9_off} standard errors off. Nor
+does it follow from Eq. 8, which as printed is a sum of p_in · r · p_in ones: {eq8} at those ranks.
 
 ## Eq. 10 to 15: which γ keeps ‖w‖
 
-‖w‖ goes like γ² times the root of that variance, not like γ² r. From r = {low} to {mid}, while r grows ×{mid_low}, the measured root grows
-{root_grown}. So ‖w‖ changes {w_linear} under α/r, {w_sqrt} under α/√r and {w_quarter} under α/r^¼: with independent inputs and r well below
-p_in the rank-free rule would be the fourth root, and Eq. 15 does not hold.
+‖w‖ goes like γ² times the root of that variance, not like γ² r. From r = {low} to {mid}, while r
+grows ×{mid_low}, the measured root grows {root_grown}. So ‖w‖ changes {w_linear} under α/r,
+{w_sqrt} under α/√r and {w_quarter} under α/r^¼: with independent inputs and r well below p_in the
+rank-free rule would be the fourth root, and Eq. 15 does not hold.
 
 ## Where the argument lies: inputs are alike
 
-Let x and x' have correlation ½. Then E xᵀAᵀA x' = r·E⟨x, x'⟩ = r·p_in/2: {coherent_exact} at r = {mid}, measured {coherent}. This coherent part
-grows like r, the spread around it more slowly: their ratio is {ratio_low} at r = {low} and {ratio_high} at r = {high}. Under α/√r the coherent part
-of w goes like γ² r = α², the same at every rank. This is the argument that carries the method; Eq. 12 to 15 state its result.
+Let x and x' have correlation ½. Then E xᵀAᵀA x' = r·E⟨x, x'⟩ = r·p_in/2: {coherent_exact} at r =
+{mid}, measured {coherent}. This coherent part grows like r, the spread around it more slowly: their
+ratio is {ratio_low} at r = {low} and {ratio_high} at r = {high}. Under α/√r the coherent part of w
+goes like γ² r = α², the same at every rank. This is the argument that carries the method; Eq. 12 to
+15 state its result.
 
 For a batch whose gradient is G = ∂L/∂W, w = −ηγ² G AᵀA x'. With σ² the variance of A's entries,
 
     E ‖w‖² = η² γ⁴ σ⁴ ( r² ‖G x'‖²  +  r (‖G‖² ‖x'‖² + ‖G x'‖²) )
                         coherent       incoherent
 
-A real SGD step on one layer follows this to {formula_off} at all {n_ranks} ranks. The coherent part is the larger from about r = 1/κ² on, with
-κ² = ‖G x'‖² / (‖G‖² ‖x'‖²). On that layer κ² is {k_fresh} for fresh random inputs (1/p_in is {k_random}): from r = {r_fresh} on. For the inputs of
-the step itself it is {k_seen}: from r = {r_seen} on. On the trained tiny model, with held-out records for x', the median layer of each kind
-has {k_tiny}: from r = {r_tiny_first} to {r_tiny_last} on. A trained model's inputs are that much alike. There one SGD step's ‖w‖ under α/√r
-changes {tiny_w_first} from r = {low} to {mid} and {tiny_w_last} from {mid} to {high}; under α/r {tiny_w_linear_first} and {tiny_w_linear_last}.
+A real SGD step on one layer follows this to {formula_off} at all {n_ranks} ranks. The coherent part
+is the larger from about r = 1/κ² on, with κ² = ‖G x'‖² / (‖G‖² ‖x'‖²). On that layer κ² is
+{k_fresh} for fresh random inputs (1/p_in is {k_random}): from r = {r_fresh} on. For the inputs of
+the step itself it is {k_seen}: from r = {r_seen} on. On the trained tiny model, with held-out
+records for x', the median layer of each kind has {k_tiny}: from r = {r_tiny_first} to {r_tiny_last}
+on. A trained model's inputs are that much alike. There one SGD step's ‖w‖ under α/√r changes
+{tiny_w_first} from r = {low} to {mid} and {tiny_w_last} from {mid} to {high}; under α/r
+{tiny_w_linear_first} and {tiny_w_linear_last}.
 
-The loss feels the coherent part alone. One small SGD step lowers it by η γ² ‖G Aᵀ‖², which is r terms of equal size on average: from r = {low} to
-{high} that fall changes {fall_sqrt} under α/√r and {fall_linear} under α/r on the layer (expected ×1 and {fall_linear_expected}), {tiny_sqrt} and
+The loss feels the coherent part alone. One small SGD step lowers it by η γ² ‖G Aᵀ‖², which is r
+terms of equal size on average: from r = {low} to {high} that fall changes {fall_sqrt} under α/√r
+and {fall_linear} under α/r on the layer (expected ×1 and {fall_linear_expected}), {tiny_sqrt} and
 {tiny_linear} on the tiny model.
 
 ## A as it really begins
 
-`LoRALinear` draws A from U(±1/√p_in): the measured variance of its entries is {init}/p_in, that is 1/(3 p_in). The variance of xᵀAᵀA x' becomes
-r (r + p_in − 0.2) / (9 p_in): {real_exact}; measured {real}. Its root grows {real_grown} from r = {low} to {mid}, against {exact_grown} for standard
-normal A. The initialisation divides w by a number without r in it, {real_divides} here, and changes nothing about the rank.
+`LoRALinear` draws A from U(±1/√p_in): the measured variance of its entries is {init}/p_in, that is
+1/(3 p_in). The variance of xᵀAᵀA x' becomes r (r + p_in − 0.2) / (9 p_in): {real_exact}; measured
+{real}. Its root grows {real_grown} from r = {low} to {mid}, against {exact_grown} for standard
+normal A. The initialisation divides w by a number without r in it, {real_divides} here, and changes
+nothing about the rank.
 
 ## One real step of SGD, one of AdamW, and {steps} steps
 
-Growth from r = {low} to r = {high}; in brackets what the rule predicts. ‖w‖ is an rms over inputs. The layer is {width} × {width}, with 64 inputs, mean
-over {seeds}. The tiny model (checkpoint {checkpoint}) steps on {records} records; its fresh inputs are {held_out} held-out records.
+Growth from r = {low} to r = {high}; in brackets what the rule predicts. ‖w‖ is an rms over inputs.
+The layer is {width} × {width}, with 64 inputs, mean over {seeds}. The tiny model (checkpoint
+{checkpoint}) steps on {records} records; its fresh inputs are {held_out} held-out records.
 
 {table}
 
-The {steps} steps have batches of {batch}, one seed, warm-up, linear decay and no clipping. Their lr is {lr_adamw} for AdamW, the tiny default, and
-{lr_sgd} for SGD, with which the first step at r = {low} under α/√r would lower the loss by about 0.03. Before them the held-out loss is {before}.
+The {steps} steps have batches of {batch}, one seed, warm-up, linear decay and no clipping. Their lr
+is {lr_adamw} for AdamW, the tiny default, and {lr_sgd} for SGD, with which the first step at r =
+{low} under α/√r would lower the loss by about 0.03. Before them the held-out loss is {before}.
 
-AdamW's first step moves every entry of B by lr, however small its gradient. That gradient goes with γ√r, {grad_linear} under α/r and {grad_sqrt}
-under α/√r; but the loss falls with γ r, {adamw_linear} and {adamw_sqrt} on the layer, {tiny_adamw_linear} and {tiny_adamw_sqrt} on the tiny model. In
+AdamW's first step moves every entry of B by lr, however small its gradient. That gradient goes with
+γ√r, {grad_linear} under α/r and {grad_sqrt} under α/√r; but the loss falls with γ r, {adamw_linear}
+and {adamw_sqrt} on the layer, {tiny_adamw_linear} and {tiny_adamw_sqrt} on the tiny model. In
 AdamW's first step α/r is the rank-free rule, and RoRA at rank r is LoRA at lr·√r.
 
 ## Later steps: under AdamW, RoRA is LoRA with a faster B
 
-In LoRA, multiply the learning rate of B, and of B alone, by √r. Then its B stays √r times RoRA's, w is the same, A's gradient is the same, and B's
-gradient differs by a factor that AdamW divides out. So each step is the same, up to AdamW's ε, clipping and rounding: RoRA is LoRA+ (arXiv
-2402.12354) with λ = √r. Over the {steps} steps on the tiny model the training losses of the two differ by at most {gap}; the held-out loss at the
-end is {faster} against RoRA's {rora}. LoRA with one learning rate ends at {lora}.
+In LoRA, multiply the learning rate of B, and of B alone, by √r. Then its B stays √r times RoRA's, w
+is the same, A's gradient is the same, and B's gradient differs by a factor that AdamW divides out.
+So each step is the same, up to AdamW's ε, clipping and rounding: RoRA is LoRA+ (arXiv 2402.12354)
+with λ = √r. Over the {steps} steps on the tiny model the training losses of the two differ by at
+most {gap}; the held-out loss at the end is {faster} against RoRA's {rora}. LoRA with one learning
+rate ends at {lora}.
 
 ![The same in six panels](figures/derivation.png)
 """
@@ -175,6 +193,7 @@ def facts(r: Results) -> dict[str, str]:
         f"{show(r.cell('many', optimizer, rule, c['rank'])['after'])} at r = {c['rank']}"
         for c in a["faster_B"]
     )
+    formula_off = [abs(c[k] / c[f"{k}_formula"] - 1) for c in sgd for k in ("seen", "fresh")]
     return {
         "alpha": show(a["alpha"]),
         "grad_A": show(hand["grad_A"]),
@@ -204,7 +223,7 @@ def facts(r: Results) -> dict[str, str]:
         "coherent": f"{show(middle['coherent']['mean'])} ± {show(middle['coherent']['mean_se'])}",
         "ratio_low": ratio(first),
         "ratio_high": ratio(last),
-        "formula_off": f"{100 * max(abs(c[key] / c[f'{key}_formula'] - 1) for c in sgd for key in ('seen', 'fresh')):.0f}%",
+        "formula_off": f"{100 * max(formula_off):.0f}%",
         "k_fresh": show(sgd[0]["kappa2_fresh"]),
         "k_random": show(1 / size["width"]),
         "r_fresh": f"{1 / sgd[0]['kappa2_fresh']:.0f}",
@@ -259,7 +278,7 @@ def page(r: Results) -> str:
         "\n\n".join(
             b
             if b.startswith(("    ", "|", "#"))
-            else textwrap.fill(b, 140, break_long_words=False, break_on_hyphens=False)
+            else textwrap.fill(b, 100, break_long_words=False, break_on_hyphens=False)
             for b in blocks
         ).rstrip("\n")
         + "\n"
@@ -320,7 +339,7 @@ def table(r: Results) -> str:
     return "\n".join(lines)
 
 
-# --- the picture -----------------------------------------------------------------------------------
+# --- the picture --------------------------------------------------------------------------------
 
 
 def draw(plt, r: Results):
@@ -400,10 +419,11 @@ def draw(plt, r: Results):
     size = r.all["size"]
     finish(
         fig,
-        f"One layer: {size['width']} × {size['width']}, 64 inputs, mean of {size['seeds']} seeds. Tiny model: checkpoint "
-        f"{r.all['checkpoint'][:8]}, {size['records']} records a step ({size['batch']} over {size['steps']} steps), one seed, AdamW lr "
-        f"{show(r.all['many_lr']['AdamW'])}, {size['batch'] * 4} held-out records. α = {r.all['alpha']:g}. Monte Carlo: "
-        f"{size['draws']:,} draws, bars are standard errors.",
+        f"One layer: {size['width']} × {size['width']}, 64 inputs, mean of {size['seeds']} seeds. "
+        f"Tiny model: checkpoint {r.all['checkpoint'][:8]}, {size['records']} records a step "
+        f"({size['batch']} over {size['steps']} steps), one seed, "
+        f"AdamW lr {show(r.all['many_lr']['AdamW'])}, {size['batch'] * 4} held-out records. "
+        f"α = {r.all['alpha']:g}. Monte Carlo: {size['draws']:,} draws, bars are standard errors.",
         axes[0, 1],
     )
     return fig

@@ -1,314 +1,234 @@
-"""The numbers behind "What we found", computed from the sweep's results, in Markdown. Each with its seeds and n.
+"""The page a reader sees first: claim, figure, difference with its interval, verdict; in Markdown.
 
     python lessons/findings.py > lessons/results/findings.md
 
-± is the standard deviation over seeds; of a difference, over the differences of runs with the same seed (the same records in
-the same order). One seed has no ±: of a difference that is smaller than the sampling error of the questions, make nothing.
+Made from the results files alone. Cells that have not been run show a dash and "not run yet".
+details.py prints the numbers behind it, paired.py says what an interval is.
 """
 
 import argparse
-import math
 import sys
-from itertools import combinations
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from statistics import mean, stdev
 
+from paired import Difference, difference
 from rows import (
-    ABSCISSAS,
     METHODS,
     NAMES,
-    SWEEP,
+    RESULTS,
     accuracy,
-    at_edge,
     axis,
     best_lr,
     chosen,
-    common_lr,
-    grid,
     line,
     load,
-    three_ways,
 )
-from tables import pm
 
 Runs = list[dict]
+RANKS = (4, 8, 32, 64, 192)  # sweep.py's five; the last is the model's width
+Value = Callable[[dict], float]  # what is read off a run
+RowLr = Callable[[str, int], float | None]  # the lr of a method at a rank
+
+LR = 2e-3  # of the tiny row, at which "one lr" compares
+RANK = 32
+DASH = "–"
+OTHERS = ("lora", "dora")
+HEAD = ["claim", "measured", "difference [95% interval]", "seeds", "verdict", "seeds needed"]
 
 
-def by_seed(rows: Runs, method: str, rank: int, lr: float, split: str = "test") -> dict[int, float]:
-    """{seed: accuracy} of one cell."""
-    runs = chosen(rows, method=method, rank=rank, lr=lr)
-    return {
-        r["settings"]["seed"]: accuracy(r, split) for r in runs if r["diverged"] or r.get(split)
-    }
+def one_lr(method: str, rank: int) -> float:
+    return LR
 
 
-def difference(one: dict[int, float], two: dict[int, float]) -> list[float]:
-    """One cell minus another, seed by seed, in points."""
-    return [one[seed] - two[seed] for seed in sorted(one.keys() & two.keys())]
+def runs_at(rows: Runs, method: str, rank: int, lr: float | None, split: str = "test") -> Runs:
+    """The runs of a cell that were asked this split; one that diverged counts, as 0."""
+    found = chosen(rows, method=method, rank=rank, lr=lr)
+    return [r for r in found if r["diverged"] or r.get(split)]
 
 
-def signed(values: list[float]) -> str:
-    if not values:
-        return "–"
-    return (
-        f"{mean(values):+.1f}"
-        + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
-        + f" ({len(values)})"
-    )
+def by_seed(runs: Runs, value: Value = accuracy) -> dict[int, float]:
+    return {r["settings"]["seed"]: value(r) for r in runs}
 
 
-def sampling_error(row: dict) -> float:
-    """One standard error of the mean of the tasks, from the finite number of questions."""
-    per_task = row["test"]["n"] / len(row["test"]["tasks"])
-    return (
-        100
-        * math.sqrt(sum(p / 100 * (1 - p / 100) / per_task for p in row["test"]["tasks"].values()))
-        / len(row["test"]["tasks"])
-    )
+def over_ranks(rows: Runs, method: str, lr_of: RowLr, ranks: Iterable[int]) -> dict[int, float]:
+    """{seed: mean over the ranks}, of the seeds that every rank has."""
+    cells = [by_seed(runs_at(rows, method, rank, lr_of(method, rank))) for rank in ranks]
+    seeds = set.intersection(*map(set, cells)) if cells else set()
+    return {seed: mean(cell[seed] for cell in cells) for seed in seeds}
 
 
-def comparison(rows: Runs, title: str, lr_of, split: str = "test") -> str:
-    """A line a rank: the three accuracies, and RoRA's lead; then their means over the ranks."""
-    lines = [
-        f"### {title}, {split} questions\n",
-        line("rank", *NAMES.values(), "RoRA - LoRA (seeds)", "RoRA - DoRA (seeds)", "lr of each"),
-        "|--:|--:|--:|--:|--:|--:|---|",
-    ]
-    ranks = axis(rows, "rank")
-    cells = {
-        rank: {m: by_seed(rows, m, rank, lr_of(m, rank), split) for m in METHODS} for rank in ranks
-    }
-    everywhere = {m: set.intersection(*(set(cells[rank][m]) for rank in ranks)) for m in METHODS}
-    cells["mean"] = {
-        m: {seed: mean(cells[rank][m][seed] for rank in ranks) for seed in everywhere[m]}
-        for m in METHODS
-    }
-    for rank, found in cells.items():
-        lrs = "" if rank == "mean" else ", ".join(f"{lr_of(m, rank) or 0:g}" for m in METHODS)
-        lines.append(
-            line(
-                rank,
-                *(pm(list(c.values())) if c else "–" for c in found.values()),
-                *(signed(difference(found["rora"], found[m])) for m in ("lora", "dora")),
-                lrs,
-            )
+def without(task: str) -> Value:
+    """The mean of the other seven tasks."""
+
+    def value(run: dict) -> float:
+        if not run.get("test"):
+            return 0.0
+        return mean(y for name, y in run["test"]["tasks"].items() if name != task)
+
+    return value
+
+
+def only(task: str) -> Value:
+    return lambda run: run["test"]["tasks"][task] if run.get("test") else 0.0
+
+
+def early_loss(run: dict) -> float:
+    """Mean training loss of the second tenth of the steps, where the curves part."""
+    n = len(run["loss"])
+    return mean(run["loss"][n // 10 : n // 5])
+
+
+# --- the page -----------------------------------------------------------------------------------
+
+
+def claim(said: str, measured: str, found: Difference, wanted: str = "more") -> str:
+    """A row. `wanted`: which verdict would bear the claim out."""
+    said_of = {wanted: "**shown**", "not shown": "not shown", "not run yet": "not run yet"}
+    verdict = said_of.get(found.verdict, "**the opposite**")
+    needed = found.needed if found.verdict == "not shown" else DASH
+    return line(said, measured, found, len(found.values) or DASH, verdict, needed)
+
+
+def lead_claims(rows: Runs) -> Iterator[str]:
+    """RoRA against both others, at one lr and each at its best."""
+    for other in OTHERS:
+        for rank in RANKS:
+            pair = [by_seed(runs_at(rows, m, rank, LR)) for m in ("rora", other)]
+            yield claim(f"RoRA beats {NAMES[other]}", f"r = {rank}, one lr", difference(*pair))
+        pair = [over_ranks(rows, m, one_lr, RANKS) for m in ("rora", other)]
+        yield claim(f"RoRA beats {NAMES[other]}", "mean of the ranks, one lr", difference(*pair))
+        own = {m: best_lr(rows, m, RANK) for m in ("rora", other)}
+        pair = [by_seed(runs_at(rows, m, RANK, own[m])) for m in ("rora", other)]
+        lrs = " and ".join(f"{lr:g}" if lr else DASH for lr in own.values())
+        yield claim(
+            f"… because of its scale, over {NAMES[other]}",
+            f"r = {RANK}, each at its best lr by val: {lrs}",
+            difference(*pair),
         )
-    return "\n".join(lines)
+        pair = [
+            over_ranks(rows, m, lambda m, r: best_lr(rows, m, r), RANKS) for m in ("rora", other)
+        ]
+        yield claim(
+            f"… because of its scale, over {NAMES[other]}",
+            "mean of the ranks, each at its best lr at each rank",
+            difference(*pair),
+        )
 
 
-def by_task(rows: Runs, title: str, lr_of) -> str:
-    """Where the differences are: a line a method, each task's test accuracy, mean over ranks and seeds; and RoRA's lead without the task
-    that makes most of it."""
+def rank_claims(rows: Runs) -> Iterator[str]:
+    """Fig. 1's other half: who falls from the least rank to the largest?"""
+    for method in METHODS:
+        ends = [by_seed(runs_at(rows, method, rank, LR)) for rank in (RANKS[-1], RANKS[0])]
+        falls = method != "rora"
+        yield claim(
+            f"{NAMES[method]} {'falls' if falls else 'gains'} with the rank",
+            f"r = {RANKS[-1]} less r = {RANKS[0]}, one lr",
+            difference(*ends),
+            "less" if falls else "more",
+        )
+
+
+def loss_claims(rows: Runs) -> Iterator[str]:
+    """Fig. 3."""
+    for other in OTHERS:
+        pair = [by_seed(runs_at(rows, m, RANKS[-1], LR), early_loss) for m in ("rora", other)]
+        yield claim(
+            f"RoRA's loss falls faster than {NAMES[other]}'s",
+            f"training loss, second tenth of the steps, r = {RANKS[-1]}, one lr",
+            difference(*pair),
+            "less",
+        )
+
+
+def task_table(rows: Runs, title: str, lr_of: RowLr) -> str:
+    """Where the lead at one rank comes from, and what is left of it without any one task."""
     tasks = list(next(r["test"]["tasks"] for r in rows if r.get("test")))
+    cells = {m: runs_at(rows, m, RANK, lr_of(m, RANK)) for m in METHODS}
     lines = [
-        f"### By task, {title}: mean over ranks and seeds\n",
-        line("method", *tasks, "no legal answer, %"),
-        "|---|" + "--:|" * (len(tasks) + 1),
+        f"### {title}\n",
+        line("task", *(f"RoRA − {NAMES[m]}, {w}" for m in OTHERS for w in ("alone", "without it"))),
+        "|---|" + "--:|" * 4,
     ]
-    found = {}
-    for m in METHODS:
-        runs = [
-            r
-            for rank in axis(rows, "rank")
-            for r in chosen(rows, method=m, rank=rank, lr=lr_of(m, rank))
-            if r.get("test")
-        ]
-        found[m] = {t: mean(r["test"]["tasks"][t] for r in runs) for t in tasks}
-        silent = mean(100 * r["test"]["unanswered"] / r["test"]["n"] for r in runs)
-        lines.append(line(NAMES[m], *(f"{y:.1f}" for y in found[m].values()), f"{silent:.1f}"))
-    most = max(tasks, key=lambda t: found["rora"][t] - found["lora"][t])
-    without = {
-        m: mean(found["rora"][t] - found[m][t] for t in tasks if t != most)
-        for m in ("lora", "dora")
-    }
-    lines.append(
-        f"\nWithout {most} RoRA's lead over LoRA is {without['lora']:+.1f} points, over DoRA {without['dora']:+.1f}."
+    for task in tasks:
+        pairs = []
+        for other in OTHERS:
+            for value in (only(task), without(task)):
+                found = difference(by_seed(cells["rora"], value), by_seed(cells[other], value))
+                clear = found.verdict in ("more", "less")
+                pairs.append(f"**{found}**" if clear else str(found))
+        lines.append(line(task, *pairs))
+    return "\n".join(lines)
+
+
+def row_table(rows: Runs) -> str:
+    """The demo's own row: how steady it is from seed to seed."""
+    runs = chosen(rows, method="rora", rank=RANK, lr=LR)
+    tests, stricts = ([r for r in runs if r.get(split)] for split in ("test", "strict"))
+    lines = [line("", "mean", "sd", "least seed", "seeds"), "|---|--:|--:|--:|--:|"]
+
+    def add(name: str, values: list[float]) -> None:
+        if not values:
+            lines.append(line(name, DASH, DASH, DASH, "not run yet"))
+            return
+        sd = f"{stdev(values):.1f}" if len(values) > 1 else DASH
+        lines.append(line(name, f"{mean(values):.1f}", sd, f"{min(values):.1f}", len(values)))
+
+    add("**test, mean of the eight tasks**", [accuracy(r) for r in tests])
+    for task in tests[0]["test"]["tasks"] if tests else ():
+        add(task, [r["test"]["tasks"][task] for r in tests])
+    add("**strict, mean of the eight tasks**", [accuracy(r, "strict") for r in stricts])
+    return "\n".join(lines)
+
+
+def pruned_claims(rows: Runs, name: str) -> Iterator[str]:
+    """Table II, on a model with a fifth of tiny's parameters."""
+    for other in OTHERS:
+        pair = [over_ranks(rows, m, one_lr, axis(rows, "rank")) for m in ("rora", other)]
+        found = difference(*pair)
+        yield claim(f"RoRA beats {NAMES[other]}, {name}", "mean of the ranks, one lr", found)
+
+
+def read_or_nothing(path: Path) -> Runs:
+    return load(path) if path.exists() else []
+
+
+def page(folder: Path) -> str:
+    rows = load(folder / "sweep.jsonl")
+    scored = [r for r in rows if r.get("test")]
+    if not scored:
+        raise SystemExit("every run diverged")
+    best = lambda method, rank: best_lr(rows, method, rank)
+    machines = sorted({f"{r['device']} ({r.get('machine', 'not noted')})" for r in rows})
+    table = [line(*HEAD), "|---|---|--:|--:|---|--:|"]
+    table += [*lead_claims(scored), *rank_claims(scored), *loss_claims(scored)]
+    table += pruned_claims(
+        read_or_nothing(folder / "sweep-tiny-healed.jsonl"), "pruned and trained on"
     )
-    return "\n".join(lines)
-
-
-def interpolated(curve: list[tuple[float, float]], x: float) -> float | None:
-    """Accuracy at lr x on a curve of (lr, accuracy), straight between neighbours in log lr; None outside of it."""
-    for (x0, y0), (x1, y1) in zip(curve, curve[1:]):
-        if x0 <= x <= x1:
-            return y0 + (y1 - y0) * math.log(x / x0) / math.log(x1 / x0)
-    return None
-
-
-def swapped(rows: Runs) -> str:
-    """RoRA at lr against LoRA at lr·√r: the same lr·s. If the scale is all there is to RoRA, they agree to the noise between seeds."""
-    lines = [
-        line(
-            "rank",
-            "cells",
-            "mean distance at the same lr",
-            "mean distance at the same lr · s (LoRA at lr·√r)",
-            "two seeds of one cell (cells)",
-        ),
-        "|--:|--:|--:|--:|--:|",
-    ]
-    for rank in axis(rows, "rank"):
-        curves = {
-            m: [
-                (lr, mean(map(accuracy, found)))
-                for lr, found in sorted(grid(rows, m, rank).items())
-            ]
-            for m in ("lora", "rora")
-        }
-        at, pairs = dict(curves["lora"]), []
-        for lr, y in curves["rora"]:
-            other = interpolated(curves["lora"], lr * math.sqrt(rank))
-            if other is not None and lr in at:
-                pairs.append((abs(y - at[lr]), abs(y - other)))
-        same, swap = (f"{mean(p):.1f}" for p in zip(*pairs)) if pairs else ("–", "–")
-        seeds = [
-            list(by_seed(rows, m, rank, lr).values())
-            for m in curves
-            for lr in axis(chosen(rows, method=m, rank=rank), "lr")
+    table += pruned_claims(read_or_nothing(folder / "sweep-tiny-pruned.jsonl"), "pruned")
+    return "\n".join(
+        [
+            "# What was found, and how surely\n",
+            "All of this is about a small closed world (tiny/README.md), not about the paper's "
+            "models. Differences are in points of accuracy, of runs with the same seed; the "
+            "bracket is the 95% interval over seeds. **Shown** means that the interval leaves 0 "
+            "out on the claim's side, *not shown* that it holds 0; the last column then says with "
+            "how many seeds a difference of this size and spread would show. One claim in twenty "
+            "that is not true would show by chance. “One lr” is 2e-3, which was chosen for RoRA at "
+            "r = 32; the best lrs are chosen by the validation questions.\n",
+            "\n".join(table),
+            f"\n## Where the lead comes from, r = {RANK}\n",
+            "Bold: the interval leaves 0 out.\n",
+            task_table(scored, "One lr for all", one_lr),
+            "",
+            task_table(scored, "Each at its best lr", best),
+            f"\n## How steady the demo's row is: RoRA, r = {RANK}, lr {LR:g}\n",
+            row_table(rows),
+            f"\nMade by `python lessons/findings.py` from {len(rows)} runs on "
+            f"{', '.join(machines)}, checkpoint {rows[0]['checkpoint']}; "
+            "all numbers in [details.md](details.md).",
         ]
-        noise = [
-            mean(abs(a - b) for a, b in combinations(values, 2))
-            for values in seeds
-            if len(values) > 1
-        ]
-        lines.append(
-            line(
-                rank, len(pairs), same, swap, f"{mean(noise):.1f} ({len(noise)})" if noise else "–"
-            )
-        )
-    return "\n".join(lines)
-
-
-def explained(points: list[tuple[float, float]], neighbours: int = 4) -> float:
-    """Share of the variance of y that its nearest neighbours in x predict (ties in x all count), in percent, at least 0."""
-
-    def guess(i: int) -> float:
-        others = sorted((abs(x - points[i][0]), y) for j, (x, y) in enumerate(points) if j != i)
-        reach = others[min(neighbours, len(others)) - 1][0] + 1e-9
-        return mean(y for d, y in others if d <= reach)
-
-    middle = mean(y for _, y in points)
-    total = sum((y - middle) ** 2 for _, y in points) or 1.0
-    return 100 * max(0.0, 1 - sum((y - guess(i)) ** 2 for i, (_, y) in enumerate(points)) / total)
-
-
-def axes(rows: Runs) -> str:
-    """On which axis are LoRA and RoRA, at all ranks, one curve?"""
-    cells = [
-        found
-        for m in ("lora", "rora")
-        for rank in axis(rows, "rank")
-        for found in grid(rows, m, rank).values()
-    ]
-    lines = [
-        line("axis x", "cells", "variance predicted by the nearest cells on x"),
-        "|---|--:|--:|",
-    ]
-    for name, x in ABSCISSAS.items():
-        points = [(math.log10(x(found[0])), mean(map(accuracy, found))) for found in cells]
-        lines.append(line(name, len(points), f"{explained(points):.0f}%"))
-    return "\n".join(lines)
-
-
-def cells(rows: Runs) -> str:
-    """The whole grid: accuracy on the validation questions, by which the best are chosen, and on the test questions."""
-    lrs = axis(rows, "lr")
-    lines = [line("method", "rank", *(f"lr {lr:g}" for lr in lrs)), "|---|--:|" + "--:|" * len(lrs)]
-    for m in METHODS:
-        for rank in axis(chosen(rows, method=m), "rank"):
-            runs = [chosen(rows, method=m, rank=rank, lr=lr) for lr in lrs]
-            show = lambda found: (
-                f"{mean(accuracy(r, 'val') for r in found):.1f} / {mean(map(accuracy, found)):.1f} ({len(found)})"
-                if found
-                else "–"
-            )
-            lines.append(line(NAMES[m], rank, *map(show, runs)))
-    return "\n".join(lines)
-
-
-def edges(rows: Runs) -> str:
-    """Where learning sets in and where it breaks down: the range of accuracy over all methods and ranks, on two axes."""
-    cells = [
-        chosen(rows, method=m, rank=rank, lr=lr)
-        for m in METHODS
-        for rank in axis(rows, "rank")
-        for lr in axis(rows, "lr")
-    ]
-    points = [
-        (*(ABSCISSAS[name](found[0]) for name in ("lr · s · r", "lr")), mean(map(accuracy, found)))
-        for found in cells
-        if found
-    ]
-    lines = [line("", "cells", "least", "most"), "|---|--:|--:|--:|"]
-    bounds = [0, 0.015, 0.025, 0.04, 0.06]
-    for low, high in zip(bounds, bounds[1:]):
-        if values := [y for x, _, y in points if low < x <= high]:
-            lines.append(
-                line(
-                    f"lr · s · r from {low:g} to {high:g}",
-                    len(values),
-                    f"{min(values):.1f}",
-                    f"{max(values):.1f}",
-                )
-            )
-    for lr in axis(rows, "lr"):
-        if values := [y for x, at, y in points if at == lr and x > bounds[-1]]:
-            lines.append(
-                line(f"above, lr {lr:g}", len(values), f"{min(values):.1f}", f"{max(values):.1f}")
-            )
-    return "\n".join(lines)
-
-
-def best_rates(rows: Runs) -> str:
-    """Where each method's best lr lies; were RoRA LoRA at lr·√r, the ratio would be √r."""
-    edge = {(m, rank) for m, rank, _ in at_edge(rows)}
-    lines = [
-        line(
-            "rank",
-            *(f"{NAMES[m]}: best lr, test accuracy there" for m in METHODS),
-            "LoRA's best / RoRA's best",
-            "√r",
-        ),
-        "|--:|" + "--:|" * 5,
-    ]
-    for rank in axis(rows, "rank"):
-        best = {m: best_lr(rows, m, rank) for m in METHODS}
-        if None in best.values():
-            continue
-        cells = [
-            f"{best[m]:g}{' (edge)' * ((m, rank) in edge)}, {pm(list(by_seed(rows, m, rank, best[m]).values()))}"
-            for m in METHODS
-        ]
-        lines.append(
-            line(rank, *cells, f"{best['lora'] / best['rora']:.1f}", f"{math.sqrt(rank):.1f}")
-        )
-    return "\n".join(lines)
-
-
-def losses(rows: Runs) -> str:
-    """Fig. 3 in numbers: the mean loss of a stretch of steps, at the largest rank and one lr."""
-    rank, lr = axis(rows, "rank")[-1], common_lr(rows)
-    stretches = {"10-20% of the steps": (0.1, 0.2), "40-50%": (0.4, 0.5), "last 10%": (0.9, 1.0)}
-    lines = [
-        line(f"rank {rank}, lr {lr:g}", *stretches, "best validation loss", "seeds"),
-        "|---|--:|--:|--:|--:|--:|",
-    ]
-    for m in METHODS:
-        runs = [r for r in chosen(rows, method=m, rank=rank, lr=lr) if not r["diverged"]]
-        if runs:
-            part = lambda r, a, b: mean(
-                r["loss"][int(a * len(r["loss"])) : math.ceil(b * len(r["loss"]))]
-            )
-            two = lambda v: f"{mean(v):.3f}" + (f" ± {stdev(v):.3f}" if len(v) > 1 else "")
-            lines.append(
-                line(
-                    NAMES[m],
-                    *(two([part(r, *ab) for r in runs]) for ab in stretches.values()),
-                    two([r["val_loss"] for r in runs]),
-                    len(runs),
-                )
-            )
-    return "\n".join(lines)
+    )
 
 
 def main(argv: list[str]) -> int:
@@ -317,37 +237,14 @@ def main(argv: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description=__doc__,
     )
-    parser.add_argument("--results", type=Path, default=SWEEP, metavar="FILE")
-    rows = load(parser.parse_args(argv).results)
-    scored = [r for r in rows if r.get("test")]
-    if not scored:
-        raise SystemExit("every run diverged")
-    swept = all(len(grid(rows, m)) > 1 for m in METHODS)
-    first, alpha = scored[0], axis(rows, "alpha")
-    errors = [sampling_error(r) for r in scored]
-    print(
-        f"{first['ckpt']} checkpoint {first['checkpoint']}: {len(rows)} runs, {sum(r['diverged'] for r in rows)} diverged (they count as 0), "
-        f"{sum(r['tokens'] for r in rows) / 1e6:.1f}M tokens on {first['device']}; α {', '.join(f'{a:g}' for a in alpha)}; lr "
-        f"{', '.join(f'{lr:g}' for lr in axis(rows, 'lr'))}; n = {first['test']['n']} test questions a run, sampling error of a mean at most "
-        f"{max(errors):.1f} points; greedy decoding. Best lrs are chosen on the {first['val']['n']} validation questions."
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=RESULTS,
+        metavar="DIR",
+        help="of sweep.jsonl and sweep-CKPT.jsonl",
     )
-    ways = three_ways(rows)
-    for name, lr_of in ways.items() if swept else [next(iter(ways.items()))]:
-        print("\n" + comparison(rows, f"Accuracy at {name}", lr_of))
-        print("\n" + by_task(rows, name, lr_of))
-        if any(r.get("strict") for r in rows) and name == "one lr for all":
-            print("\n" + comparison(rows, f"Accuracy at {name}", lr_of, "strict"))
-    print(f"\n### Loss (Fig. 3)\n\n{losses(rows)}")
-    if swept:
-        print(f"\n### The whole grid: val / test accuracy (seeds)\n\n{cells(rows)}")
-        print(
-            f"\n### The best learning rates (neighbours in the grid lie a factor 2 to 2.5 apart)\n\n{best_rates(rows)}"
-        )
-        print(f"\n### RoRA at lr and LoRA at lr·√r, in points of test accuracy\n\n{swapped(rows)}")
-        print(
-            f"\n### Where learning sets in, and where it breaks down: test accuracy, all methods and ranks\n\n{edges(rows)}"
-        )
-        print(f"\n### One curve on which axis? LoRA and RoRA, all ranks\n\n{axes(rows)}")
+    print(page(parser.parse_args(argv).results))
     return 0
 
 

@@ -1,15 +1,17 @@
-"""Pictures of the sweep, as PNG and SVG in lessons/figures/. Needs matplotlib and no torch.
+"""Pictures of the sweep, as PNG in lessons/figures/. Needs matplotlib and no torch.
 
     python lessons/plot.py                  every picture that the results allow
     python lessons/plot.py fig1 fig3        some of: fig1 fig3 grid collapse fig1_lr
 
-    fig1       the paper's Fig. 1: accuracy against rank at one lr, mean and standard deviation over seeds
+    fig1       the paper's Fig. 1: accuracy against rank at one lr, mean and standard deviation
     fig3       the paper's Fig. 3: loss against step at one rank
-    grid       accuracy against lr, and against lr·s, a panel a rank (s: the effective scale, α/r or α/√r)
-    collapse   all cells of the grid in one panel, against lr, lr·s, lr·s·√r, lr·s·r: on which axis do the methods fall together?
-    fig1_lr    Fig. 1 three times: at one lr, at each method's best lr, at each method's best lr at each rank
+    grid       accuracy against lr, and against lr·s, a panel for each rank (s: α/r or α/√r)
+    collapse   all cells of the grid in one panel, against lr, lr·s, lr·s·√r, lr·s·r: on which axis
+               do the methods fall together?
+    fig1_lr    Fig. 1 three times: at one lr, at each method's best lr, and at its best at each rank
 
-Legible without colour: a marker and a line style a method. The same results give the same SVG, byte for byte.
+Legible without colour: a marker and a line style a method. The same results give the same
+picture.
 """
 
 import argparse
@@ -46,30 +48,30 @@ SPLIT_NAMES = {
 
 
 def pyplot(program: str):
-    """matplotlib.pyplot, set so that equal results give equal files; None, after a line that says so, where it is not installed."""
+    """matplotlib.pyplot, set so that equal results give equal files; None, after a line that says
+    so, where it is not installed.
+    """
     try:
         import matplotlib
     except ImportError:
         print(
-            f'{program}: pictures need matplotlib, which is not installed: pip install "matplotlib>=3.8"',
+            f"{program}: pictures need matplotlib, which is not installed: "
+            'pip install "matplotlib>=3.8"',
             file=sys.stderr,
         )
         return None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    plt.rcParams.update(
-        {"svg.hashsalt": "lessons", "font.size": 9, "axes.titlesize": 9, "savefig.dpi": 160}
-    )
+    plt.rcParams.update({"font.size": 9, "axes.titlesize": 9, "savefig.dpi": 160})
     return plt
 
 
 def save(plt, fig, folder: Path, name: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     fig.savefig(folder / f"{name}.png", metadata={"Software": None})
-    fig.savefig(folder / f"{name}.svg", metadata={"Date": None})
     plt.close(fig)
-    print(f"saved {folder / name}.png and .svg")
+    print(f"saved {folder / name}.png")
 
 
 def smooth(losses: list[float], window: int) -> list[float]:
@@ -85,13 +87,13 @@ def caption(rows: list[dict], said: str, scores: bool = True) -> str:
     """What a picture rests on: questions, seeds, α, checkpoint."""
     n = max((r["test"]["n"] for r in rows if r.get("test")), default=0)
     diverged = sum(r["diverged"] for r in rows)
-    asked = f"n = {n} test questions a run, 8 tasks, greedy; seeds" if scores else "Seeds"
+    asked = f"n = {n} test questions in a run, 8 tasks, greedy; seeds" if scores else "Seeds"
     return (
-        f"{said} {asked} {listed(axis(rows, 'seed'))}; α\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{listed(axis(rows, 'alpha'))}; "
-        f"{max(r['tokens'] for r in rows):,} training tokens a run; {rows[0]['ckpt']} checkpoint {rows[0]['checkpoint'][:8]}; "
+        f"{said} {asked} {listed(axis(rows, 'seed'))}; α = {listed(axis(rows, 'alpha'))}; "
+        f"{max(r['tokens'] for r in rows):,} training tokens in a run; "
+        f"{rows[0]['ckpt']} checkpoint {rows[0]['checkpoint'][:8]}; "
         f"{', '.join(sorted({r['device'] for r in rows}))}."
-        + f" Runs that diverged count as 0: {diverged}."
-        * (diverged > 0)
+        + (f" Runs that diverged count as 0: {diverged}." if diverged else "")
     )
 
 
@@ -174,7 +176,8 @@ def fig1(plt, rows: list[dict], rank: int | None):
         fig,
         caption(
             chosen(rows, lr=lr),
-            f"Accuracy against rank at one learning rate, {lr:g}: mean ± standard deviation over seeds.",
+            f"Accuracy against rank at one learning rate, {lr:g}: mean ± standard deviation over "
+            "seeds.",
         ),
         axes[0, 0],
     )
@@ -189,7 +192,8 @@ def fig3(plt, rows: list[dict], rank: int | None, window: int = 5):
     used = [r for r in chosen(rows, lr=lr, rank=rank) if not r["diverged"]]
     if not used:
         raise SystemExit(
-            f"plot: no finished run at rank {rank} and lr {lr:g}; there are ranks {listed(axis(rows, 'rank'))}"
+            f"plot: no finished run at rank {rank} and lr {lr:g}; "
+            f"there are ranks {listed(axis(rows, 'rank'))}"
         )
     lost = len(chosen(rows, lr=lr, rank=rank)) - len(used)
     fig, ax = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
@@ -234,8 +238,9 @@ def fig3(plt, rows: list[dict], rank: int | None, window: int = 5):
                 for m in METHODS
                 if chosen(used, method=m)
             )
-            + f": mean over the last {window * used[0]['loss_every']} steps and over seeds; shaded: lowest to highest seed."
-            + f" Diverged and not drawn: {lost}." * (lost > 0),
+            + f": mean over the last {window * used[0]['loss_every']} steps and over seeds; "
+            + "shaded: lowest to highest seed."
+            + (f" Diverged and not drawn: {lost}." if lost else ""),
             scores=False,
         ),
         ax,
@@ -289,8 +294,8 @@ def grid_lr(plt, rows: list[dict], rank: int | None):
         fig,
         caption(
             all_cells(rows),
-            "Accuracy against learning rate (above) and against lr · s (below), a panel a rank; s = α/r for LoRA and "
-            "DoRA, α/√r for RoRA.",
+            "Accuracy against learning rate (above) and against lr · s (below), a panel for each "
+            "rank; s = α/r for LoRA and DoRA, α/√r for RoRA.",
         ),
         axes[0, 0],
     )
@@ -320,8 +325,8 @@ def collapse(plt, rows: list[dict], rank: int | None):
         fig,
         caption(
             all_cells(rows),
-            f"Every cell of the grid on four axes; the marker's size grows with the rank, {listed(ranks)}. Where the "
-            "points fall on one curve, the axis explains the accuracy.",
+            "Every cell of the grid on four axes; the marker's size grows with the rank, "
+            f"{listed(ranks)}. Where the points fall on one curve, the axis explains the accuracy.",
         ),
         axes[0],
     )
@@ -338,16 +343,16 @@ def fig1_lr(plt, rows: list[dict], rank: int | None):
         used += mine
     axes[0].set_ylabel("test accuracy, mean of 8 tasks, %")
     _, own, each = ways.values()
+    ranks = {m: axis(chosen(rows, method=m), "rank") for m in METHODS}
     best = "; ".join(
-        f"{NAMES[m]} {own(m, 0):g}, by rank {listed(each(m, r) for r in axis(chosen(rows, method=m), 'rank'))}"
-        for m in METHODS
+        f"{NAMES[m]} {own(m, 0):g}, by rank {listed(each(m, r) for r in ranks[m])}" for m in METHODS
     )
     finish(
         fig,
         caption(
             used,
-            f"Fig. 1 at one lr, {common_lr(rows):g}, and at the best lr by validation accuracy: {best}. Bars: standard deviation "
-            "over the seeds there are.",
+            f"Fig. 1 at one lr, {common_lr(rows):g}, and at the best lr by validation accuracy: "
+            f"{best}. Bars: standard deviation over the seeds there are.",
         ),
         axes[0],
     )

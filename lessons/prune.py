@@ -1,20 +1,27 @@
-"""A smaller LLaMA out of a larger one: heads, FFN channels, layers and width removed, the rest as it was. The paper's pruned models.
+"""A smaller LLaMA out of a larger one: heads, FFN channels, layers and width removed, the rest as
+it was. The paper's pruned models.
 
-    python lessons/prune.py                                                  # tiny with a fifth of its parameters: runs/tiny-pruned
-    python lessons/prune.py --ckpt llama2-7b --keep 0.2 --out runs/small     # the shape of Sheared-LLaMA-1.3B, to a few channels
-    python lessons/prune.py --heal 2000 --out runs/tiny-healed               # then trains all that is left on tiny's corpus
-    python lessons/sweep.py fig1 --ckpt runs/tiny-pruned --ranks 8 16 32 64 128          # Table II's ranks
+    python lessons/prune.py        # tiny with a fifth of its parameters: runs/tiny-pruned
+    python lessons/prune.py --ckpt llama2-7b --keep 0.2 --out runs/small
+                                   # the shape of Sheared-LLaMA-1.3B, to a few channels
+    python lessons/prune.py --heal 2000 --out runs/tiny-healed
+                                   # then trains all that is left on tiny's corpus
+    python lessons/sweep.py fig1 --ckpt runs/tiny-pruned --ranks 8 16 32 64 128
+                                   # Table II's ranks
 
-What is removed is what would be missed least, by one rule for all: input j of a linear layer W adds mean(x_j²) · ‖W[:, j]‖² to its
-output, measured on some texts, as a share of the layer's whole. A head is its inputs of o_proj, an FFN channel its input of
-down_proj, a channel of the residual stream its inputs of all that read the stream. A layer counts by how far it turns the stream:
-1 − cos(before, after).
+What is removed is what would be missed least, by one rule for all: input j of a linear layer W adds
+mean(x_j²) · ‖W[:, j]‖² to its output, measured on some texts, as a share of the layer's whole. A
+head is its inputs of o_proj, an FFN channel its input of down_proj, a channel of the residual
+stream its inputs of all that read the stream. A layer counts by how far it turns the stream: 1 −
+cos(before, after).
 
-Parameters are all counted, embeddings too, a tied head once. --keep fixes the shape: three quarters of the layers, heads (and with
-them the width: in this model the heads' widths sum to it) by the root of what remains, and FFN channels to fill the count. From
-LLaMA2-7B to a fifth that makes 24 layers, 16 heads and width 2048, which are Sheared-LLaMA-1.3B's; grouped heads go by whole groups.
+Parameters are all counted, embeddings too, a tied head once. --keep fixes the shape: three quarters
+of the layers, heads (and with them the width: in this model the heads' widths sum to it) by the
+root of what remains, and FFN channels to fill the count. From LLaMA2-7B to a fifth that makes 24
+layers, 16 heads and width 2048, which are Sheared-LLaMA-1.3B's; grouped heads go by whole groups.
 
-The texts are fine-tuning records; for a checkpoint with tiny's tokenizer they are what it has read, tiny's corpus.
+The texts are fine-tuning records; for a checkpoint with tiny's tokenizer they are what it has read,
+tiny's corpus.
 """
 
 import argparse
@@ -42,7 +49,6 @@ from plumbing.flags import (
     DTYPES,
     FlagError,
     exit_code,
-    find_data,
     find_checkpoint,
     find_device,
     find_dtype,
@@ -69,7 +75,7 @@ TOKENIZER_FILES = (
 )
 
 
-# --- what shape ------------------------------------------------------------------------------------
+# --- what shape ---------------------------------------------------------------------------------
 
 
 def parameters(cfg: LlamaConfig) -> int:
@@ -78,7 +84,9 @@ def parameters(cfg: LlamaConfig) -> int:
 
 
 def smaller(cfg: LlamaConfig, keep: float) -> LlamaConfig:
-    """The same family of shapes at `keep` of the parameters, or a little less. Raises FlagError where nothing fits."""
+    """The same family of shapes at `keep` of the parameters, or a little less. Raises FlagError
+    where nothing fits.
+    """
     layers = max(1, round(0.75 * cfg.n_layers))
     groups = max(1, int(cfg.n_kv_heads * math.sqrt(keep * cfg.n_layers / layers)))
     heads = groups * (cfg.n_heads // cfg.n_kv_heads)
@@ -93,17 +101,20 @@ def smaller(cfg: LlamaConfig, keep: float) -> LlamaConfig:
     )
     if hidden < 1:
         raise FlagError(
-            f"--keep {keep:g} leaves no FFN beside {heads} heads of width {cfg.head_dim}, {layers} layers and the embeddings"
+            f"--keep {keep:g} leaves no FFN beside {heads} heads of width {cfg.head_dim}, "
+            f"{layers} layers and the embeddings"
         )
     return replace(new, hidden_dim=hidden)
 
 
-# --- what is missed least --------------------------------------------------------------------------
+# --- what is missed least -----------------------------------------------------------------------
 
 
 class Missed:
-    """Run the model on texts; then .share[linear layer's name][j] is what its input j contributes, and .turn[i] how far layer i turns
-    the stream, and .kept_energy(channels) what each norm would see of its input's square were only these channels left."""
+    """Run the model on texts; then .share[linear layer's name][j] is what its input j contributes,
+    and .turn[i] how far layer i turns the stream, and .kept_energy(channels) what each norm would
+    see of its input's square were only these channels left.
+    """
 
     def __init__(self, model: Llama, records: list[Record], batch: int):
         self.linear: dict[str, Tensor] = {}  # Σ x_j² of each linear layer
@@ -158,14 +169,15 @@ def most(scores: Tensor, n: int) -> Tensor:
     return scores.topk(n).indices.sort().values
 
 
-# --- the smaller model -----------------------------------------------------------------------------
+# --- the smaller model --------------------------------------------------------------------------
 
 
 def prune(model: Llama, cfg: LlamaConfig, missed: Missed) -> tuple[Llama, dict]:
-    """(a model of shape cfg made of pieces of `model`, which pieces). Where what is removed did nothing, it computes the same.
+    """(a model of shape cfg made of pieces of `model`, which pieces). Where what is removed did
+    nothing, it computes the same.
 
-    A norm divides by the root mean square over the channels. With the small ones gone that root is larger, so its weight takes the factor
-    that makes up for it on the texts' average.
+    A norm divides by the root mean square over the channels. With the small ones gone that root is
+    larger, so its weight takes the factor that makes up for it on the texts' average.
     """
     old, share = model.cfg, missed.share
     layers = most(torch.tensor(missed.turn), cfg.n_layers).tolist()
@@ -218,11 +230,11 @@ def prune(model: Llama, cfg: LlamaConfig, missed: Missed) -> tuple[Llama, dict]:
     return new, kept
 
 
-# --- tiny's corpus ---------------------------------------------------------------------------------
+# --- tiny's corpus ------------------------------------------------------------------------------
 
 
 def corpus(seed: int) -> tuple[Iterator[str], ModuleType]:
-    """(documents of the last stage of tiny's pretraining, the module that knows how to learn them)."""
+    """(documents of tiny's last stage of pretraining, the module that knows how to learn them)."""
     sys.path.insert(0, str(ROOT / "tiny"))
     import pretrain
 
@@ -231,8 +243,10 @@ def corpus(seed: int) -> tuple[Iterator[str], ModuleType]:
 
 
 def heal(model: Llama, steps: int) -> None:
-    """Train all but the embeddings on tiny's corpus, as tiny/pretrain.py does: what Sheared-LLaMA had 50 billion tokens of. The embeddings
-    stay, since the corpus never uses the tasks' words and would make one word of them all."""
+    """Train all but the embeddings on tiny's corpus, as tiny/pretrain.py does: what Sheared-LLaMA
+    had 50 billion tokens of. The embeddings stay, since the corpus never uses the tasks' words and
+    would make one word of them all.
+    """
     documents, pretrain = corpus(seed=99)
     stream = pretrain.batches(pretrain.load_tokenizer(ROOT / "tiny"), documents)
     optimizers = pretrain.optimizers(model)
@@ -261,13 +275,13 @@ def texts(args: argparse.Namespace, tokenizer, of_tiny: bool) -> list[Record]:
             Record(array("i", pretrain.encode(tokenizer, d)[0]), 1, i)
             for i, d in enumerate(islice(documents, n), 1)
         ]
-    examples = load_examples(find_data(args.data or row_of(args.ckpt).data))
+    examples = load_examples(args.data or row_of(args.ckpt).data)
     return encode_records(
         [examples[i] for i in epoch_order(len(examples), 0, 0)[:n]], tokenizer, 256
     )[0]
 
 
-# --- command line ----------------------------------------------------------------------------------
+# --- command line -------------------------------------------------------------------------------
 
 
 def shape(cfg: LlamaConfig) -> str:
@@ -276,8 +290,8 @@ def shape(cfg: LlamaConfig) -> str:
     )
     total, table = parameters(cfg), cfg.vocab_size * cfg.dim * (1 if cfg.tie_embeddings else 2)
     return (
-        f"{total:,} parameters, {table:,} of them embeddings: {cfg.n_layers} layers, width {cfg.dim}, {heads} heads of {cfg.head_dim}, "
-        f"FFN {cfg.hidden_dim}"
+        f"{total:,} parameters, {table:,} of them embeddings: {cfg.n_layers} layers, "
+        f"width {cfg.dim}, {heads} heads of {cfg.head_dim}, FFN {cfg.hidden_dim}"
     )
 
 
@@ -335,7 +349,8 @@ def main(argv: list[str]) -> int:
     model = load_llama(folder, device, DTYPES[find_dtype(None, args.ckpt, device)])
     small, kept = prune(model, cfg, Missed(model, records[:half], 8))
     print(
-        f"from {shape(old)}\nto   {shape(cfg)}: {100 * parameters(cfg) / parameters(old):.1f}%\nlayers kept: {kept['layers']}"
+        f"from {shape(old)}\nto   {shape(cfg)}: {100 * parameters(cfg) / parameters(old):.1f}%\n"
+        f"layers kept: {kept['layers']}"
     )
     losses = {
         "whole": validation_loss(model, records[half:], 8),

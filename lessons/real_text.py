@@ -1,15 +1,21 @@
-"""Fig. 3 on real records: loss against step for LoRA, DoRA and RoRA on a small LLaMA that has read some English first.
+"""Fig. 3 on real records: loss against step for LoRA, DoRA and RoRA on a small LLaMA that has read
+some English first.
 
-    python lessons/real_text.py            about ten minutes on two cores; results/real_text.jsonl, then the picture
-    python lessons/real_text.py --quick    the path in seconds, into runs/lessons/real_text-quick; its numbers mean nothing
+    python lessons/real_text.py            about ten minutes on two cores; results/real_text.jsonl,
+                                           then the picture
+    python lessons/real_text.py --quick    the path in seconds, into runs/lessons/real_text-quick;
+                                           its numbers mean nothing
 
-The records are the paper's, as many as can be had (BoolQ, OpenBookQA, both ARCs), the tokenizer is LLaMA's; $RORA_DATA names the folder that
-holds both. The model is our own: four layers, width 192. A random model would have nothing to adapt, so first all of it learns the plain
-text of one half of the records: questions and options, without prompt, labels or answers. Then the three methods fine-tune it on the other
-half through rora.py, at one rank r and at two learning rates a factor √r apart: if RoRA is LoRA with a larger step, LoRA at the second shows
-it. A model of this size learns the wording, not the commonsense, so the curves are about optimisation and no accuracy is reported.
+The records are the paper's, as many as can be had (BoolQ, OpenBookQA, both ARCs), the tokenizer is
+LLaMA's; $RORA_DATA names the folder that holds both. The model is our own: four layers, width 192.
+A random model would have nothing to adapt, so first all of it learns the plain text of one half of
+the records: questions and options, without prompt, labels or answers. Then the three methods fine-
+tune it on the other half through rora.py, at one rank r and at two learning rates a factor √r
+apart: if RoRA is LoRA with a larger step, LoRA at the second shows it. A model of this size learns
+the wording, not the commonsense, so the curves are about optimisation and no accuracy is reported.
 
-Stopped, the same command goes on: the base model and every finished run are kept in runs/lessons/real_text.
+Stopped, the same command goes on: the base model and every finished run are kept in
+runs/lessons/real_text.
 """
 
 import argparse
@@ -76,7 +82,9 @@ def plain(example: dict) -> str:
 
 
 def make_base(folder: Path, examples: list[dict], tokenizer_file: Path, size: dict) -> None:
-    """A LLaMA that has read the plain text of the examples, as a checkpoint folder. base.json says what came of it."""
+    """A LLaMA that has read the plain text of the examples, as a checkpoint folder. base.json says
+    what came of it.
+    """
     tokenizer = load_tokenizer(tokenizer_file)
     texts = [
         Record(array("i", tokenizer.encode(plain(e), bos=True, eos=True)[:256]), 1, i)
@@ -213,7 +221,7 @@ def main(argv: list[str]) -> int:
                 continue
             code, row = fine_tune(base, data, work / f"{method}-lr{lr:g}", method, lr, size)
             if code == 4:
-                continue  # its loss was no longer finite, as rora.py has said; there is no curve to show
+                continue  # its loss was no longer finite, as rora.py has said: no curve to show
             if code:
                 return code
             append(results, facts | row)

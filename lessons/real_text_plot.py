@@ -1,4 +1,5 @@
-"""The curves of real_text.py as a picture, and their ends as a table. Needs matplotlib for the picture, and no torch.
+"""The curves of real_text.py as a picture, and their ends as a table. Needs matplotlib for the
+picture, and no torch.
 
 python lessons/real_text_plot.py
 """
@@ -27,8 +28,9 @@ def load(path: Path) -> dict[tuple[str, float], dict]:
 def table(found: dict[tuple[str, float], dict]) -> str:
     row = next(iter(found.values()))
     lines = [
-        f"base: {row['parameters']:,} parameters, read {row['texts']:,} texts of {row['tokens']:,} tokens; their kind's loss per token "
-        f"{row['loss_before']:.2f} before, {row['loss_after']:.2f} after",
+        f"base: {row['parameters']:,} parameters, read {row['texts']:,} texts of {row['tokens']:,} "
+        f"tokens; their kind's loss per token {row['loss_before']:.2f} before, "
+        f"{row['loss_after']:.2f} after",
         "",
         "| method | s | lr | lr · s | first loss | mean of the last 20 steps | held-out loss |",
         "|---|--:|--:|--:|--:|--:|--:|",
@@ -37,8 +39,8 @@ def table(found: dict[tuple[str, float], dict]) -> str:
         found.items(), key=lambda item: (item[0][1], METHODS.index(item[0][0]))
     ):
         lines.append(
-            f"| {NAMES[method]} | {row['scale']:.3g} | {lr:.3g} | {lr * row['scale']:.3g} | {row['loss'][0]:.3f} | "
-            f"{mean(row['loss'][-20:]):.3f} | {row['val_loss']:.3f} |"
+            f"| {NAMES[method]} | {row['scale']:.3g} | {lr:.3g} | {lr * row['scale']:.3g} | "
+            f"{row['loss'][0]:.3f} | {mean(row['loss'][-20:]):.3f} | {row['val_loss']:.3f} |"
         )
     return "\n".join(lines)
 
@@ -83,9 +85,11 @@ def draw(plt, found: dict[tuple[str, float], dict]):
     )
     finish(
         fig,
-        f"Loss against step on real records, r = {s['rank']}, α = {s['alpha']}, s = {scales}; mean over the last {WINDOW} steps; "
-        f"{s['batch-size']} records a step, one seed ({s['seed']}). {size['n_layers']} layers, width {size['dim']}, LLaMA's tokenizer, "
-        f"pretrained on {row['tokens']:,} tokens of the other half's plain text (loss {row['loss_before']:.1f} to {row['loss_after']:.1f}). "
+        f"Loss against step on real records, r = {s['rank']}, α = {s['alpha']}, s = {scales}; "
+        f"mean over the last {WINDOW} steps; {s['batch-size']} records a step, one seed "
+        f"({s['seed']}). {size['n_layers']} layers, width {size['dim']}, LLaMA's tokenizer, "
+        f"pretrained on {row['tokens']:,} tokens of the other half's plain text "
+        f"(loss {row['loss_before']:.1f} to {row['loss_after']:.1f}). "
         f"The second lr is the first times √r = {math.sqrt(s['rank']):.3g}.",
         axes[0, 0],
     )

@@ -1,7 +1,9 @@
-"""What the lessons share: results files, one JSON line a finished run, and how runs are chosen and averaged.
+"""What the lessons share: results files, one JSON line a finished run, and how runs are chosen and
+averaged.
 
-Standard library alone: pictures and tables need no torch. A line belongs to a condition: the bytes of checkpoint and questions
-and every setting but the axes of the sweep. Lines of different conditions are never averaged or compared.
+Standard library alone: pictures and tables need no torch. A line belongs to a condition: the bytes
+of checkpoint and questions and every setting but the axes of the sweep. Lines of different
+conditions are never averaged or compared.
 """
 
 import hashlib
@@ -46,13 +48,8 @@ def digest(files: list[Path]) -> str:
 
 def checkpoint_digest(folder: Path) -> str:
     """Of the weights themselves, not of their sizes: a checkpoint made anew is another one."""
-    return digest(
-        [
-            p
-            for p in folder.iterdir()
-            if p.suffix == ".safetensors" or p.name in ("config.json", "tokenizer.model", "tokenizer.json")
-        ]
-    )
+    small = ("config.json", "tokenizer.model", "tokenizer.json")
+    return digest([p for p in folder.iterdir() if p.suffix == ".safetensors" or p.name in small])
 
 
 def questions_digest(homes: Iterable[Path]) -> str:
@@ -90,19 +87,23 @@ def condition(row: dict) -> str:
 
 
 def load(path: Path) -> list[dict]:
-    """The runs of the condition that was added to last, each run's last line. Raises SystemExit where there are none."""
+    """The runs of the condition that was added to last, each run's last line. Raises SystemExit
+    where there are none.
+    """
     every = read(path)
     if not every:
         raise SystemExit(f"{path} holds no results; python lessons/sweep.py fig1 makes them")
+    if every[-1]["limit"] or every[-1]["settings"]["max_steps"]:
+        raise SystemExit(f"{path} holds trial runs: their numbers mean nothing, and none are shown")
     chosen = {key(r): r for r in every if condition(r) == condition(every[-1])}
     if left := len({key(r) for r in every}) - len(chosen):
         print(
-            f"note: {path}: {left} runs of another checkpoint, other questions or settings are left out",
+            f"note: {path}: {left} runs of another checkpoint, other questions or settings are out",
             file=sys.stderr,
         )
     if every[-1]["ckpt"] == "tiny" and every[-1]["checkpoint"] != checkpoint_digest(ROOT / "tiny"):
         print(
-            f"note: {path} is of an earlier tiny checkpoint ({every[-1]['checkpoint']}), not the one in tiny/",
+            f"note: {path} is of an earlier tiny checkpoint ({every[-1]['checkpoint']})",
             file=sys.stderr,
         )
     return list(chosen.values())
@@ -123,7 +124,7 @@ def accuracy(row: dict, split: str = "test") -> float:
 
 
 def spread(values: list[float]) -> float:
-    """Standard deviation over seeds; 0 where there is one seed, and then the caption must say so."""
+    """Standard deviation over seeds; 0 where there is one seed: then the caption must say so."""
     return stdev(values) if len(values) > 1 else 0.0
 
 
@@ -136,8 +137,10 @@ def common_lr(rows: list[dict]) -> float:
 
 
 def grid(rows: list[dict], method: str, rank: int | None = None) -> dict[float, list[dict]]:
-    """{lr: runs}, over the ranks and seeds that every lr was run with, so that no lr is judged by a luckier seed. Ranks with one lr
-    alone, those of fig1 that the grid has not come to, are no part of it."""
+    """{lr: runs}, over the ranks and seeds that every lr was run with, so that no lr is judged by a
+    luckier seed. Ranks with one lr alone, those of fig1 that the grid has not come to, are no part
+    of it.
+    """
     mine = [r for r in chosen(rows, method=method) if rank in (None, r["settings"]["rank"])]
     ranks = [k for k in axis(mine, "rank") if len(axis(chosen(mine, rank=k), "lr")) > 1] or axis(
         mine, "rank"
@@ -157,13 +160,17 @@ def grid(rows: list[dict], method: str, rank: int | None = None) -> dict[float, 
 
 
 def ranking(rows: list[dict], method: str, rank: int | None = None) -> list[float]:
-    """The grid's lrs by accuracy on the validation questions (never the test's), best first; rank None: one lr for all ranks."""
+    """The grid's lrs by accuracy on the validation questions (never the test's), best first; rank
+    None: one lr for all ranks.
+    """
     found = grid(rows, method, rank)
     return sorted(found, key=lambda lr: -mean(accuracy(r, "val") for r in found[lr]))
 
 
 def best_lr(rows: list[dict], method: str, rank: int | None = None) -> float | None:
-    """The best by all the seeds that the grid's two best share, among all lrs run with these: one seed cannot tell neighbours apart."""
+    """The best by all the seeds that the grid's two best share, among all lrs run with these: one
+    seed cannot tell neighbours apart.
+    """
     found = {lr: {} for lr in grid(rows, method, rank)}
     for r in chosen(rows, method=method):
         if r["settings"]["lr"] in found and rank in (None, r["settings"]["rank"]):
@@ -183,7 +190,9 @@ def best_lr(rows: list[dict], method: str, rank: int | None = None) -> float | N
 
 
 def at_edge(rows: list[dict]) -> list[tuple[str, int, float]]:
-    """(method, rank, best lr) where the best is the grid's first or last: the true best may lie outside."""
+    """(method, rank, best lr) where the best is the grid's first or last: the true best may lie
+    outside.
+    """
     cells = [
         (m, rank, best_lr(rows, m, rank))
         for m in METHODS

@@ -1,25 +1,35 @@
-"""Fig. 1's experiment on the embedded default: method x rank x lr x seed, one line of results a run.
+"""Fig. 1's experiment on the embedded default: method x rank x lr x seed, one line of results a
+run.
 
-    python lessons/sweep.py fig1     lora, dora, rora at five ranks, seeds 0 1 2, the default lr; test, val and strict questions
-    python lessons/sweep.py grid     the same at every lr of a grid, seed 0; test and val questions
-    python lessons/sweep.py best     at the two best lrs of that grid by val, over all ranks and at each, a method's: seeds 0 1 2
-    python lessons/sweep.py row      the tiny row of flags.py, and with its alpha, warm-up or epochs changed: RoRA, seeds 0 1; val
-                                     questions alone. Rank and lr are chosen from the grid's val column
+    python lessons/sweep.py fig1     lora, dora, rora at five ranks, seeds 0 1 2, the default lr
+    python lessons/sweep.py grid     the same at every lr of a grid, seed 0
+    python lessons/sweep.py best     the two best lrs of that grid by val questions, over all ranks
+                                     and at each rank, for each method: seeds 0 1 2
+    python lessons/sweep.py row      the tiny row of flags.py, and with its alpha, warm-up or epochs
+                                     changed: RoRA, seeds 0 1. Rank and lr are chosen from the grid
+    python lessons/sweep.py all      fig1, grid and best, the cells that decide first and with seeds
+                                     0 to 4; what takes part is planned anew as results come in
+    python lessons/sweep.py try      six runs of 20 steps, to see the path; the numbers mean nothing
     python lessons/sweep.py ... --dry-run     the list, what is done, how long the rest would take
 
-A run is `rora.py` and then `eval.py` as they are, called in one process: torch is imported once. Two run side by side, a thread
-each. Stopped or failed, the same command goes on: what the results file holds is not run again, and a line counts only for the
-checkpoint, questions and settings it was made with. Run folders lie under runs/lessons/ and go once their line is written.
+fig1 asks the test, val and strict questions, grid and best test and val, row val alone.
+
+A run is `rora.py` and then `eval.py` as they are, called in one process: torch is imported once.
+Two run side by side, a thread each (--jobs). Stopped or failed, the same command goes on: what the
+results file holds is not run again, and a line counts only for the checkpoint, questions and
+settings it was made with. Run folders lie under runs/lessons/ and go once their line is written.
 """
 
 import argparse
 import json
 import math
 import os
+import platform
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import mean, median
@@ -75,18 +85,23 @@ ROW = [
     {"warmup": 30},
     {"epochs": 1},
 ]  # alpha with an lr of the same lr · s
+FINAL_SEEDS = [0, 1, 2, 3, 4]  # of the cells that findings.md decides by
+TRY = {"max_steps": 20, "limit": 10, "ranks": [4, 32], "seeds": [0]}
 GUESS = 90  # seconds a run, until one has been timed
 
 
 def rank_axis(width: int) -> list[int]:
-    """Five ranks in about equal ratios from 4 to the width. The inner ones are powers of two, as the paper's are; the last is
-    the width itself, where the update of a square matrix is no longer low-rank at all."""
+    """Five ranks in about equal ratios from 4 to the width. The inner ones are powers of two, as
+    the paper's are; the last is the width itself, where the update of a square matrix is no longer
+    low-rank at all.
+    """
     inner = [2 ** round(math.log2(4) + i * math.log2(width / 4) / 4) for i in (1, 2, 3)]
     return sorted({4, *inner, width})
 
 
 def world(ckpt: str) -> tuple[Checkpoint, dict[str, Path]]:
-    """A checkpoint's recipe and its questions, {split: folder}. What flags.py has no row for is another model of tiny's world."""
+    """A checkpoint's recipe and its questions, {split: folder}. What flags.py has no row for is
+    another model of tiny's world."""
     recipe = CHECKPOINTS.get(Path(ckpt).name, CHECKPOINTS["tiny"])
     homes = (
         {split: ROOT / "tiny" / home for split, home in SPLITS.items()}
@@ -99,7 +114,7 @@ def world(ckpt: str) -> tuple[Checkpoint, dict[str, Path]]:
     return recipe, homes
 
 
-# --- one run ---------------------------------------------------------------------------------------
+# --- one run ------------------------------------------------------------------------------------
 
 
 def planned(
@@ -112,7 +127,8 @@ def planned(
     seed: int,
     **other: float,
 ) -> dict:
-    """A run to be: rora.py's flags, what identifies it, and which questions to ask. files: the digests of what it reads."""
+    """A run to be: rora.py's flags, what identifies it, and which questions to ask. files: the
+    digests of what it reads."""
     other = ({"alpha": args.alpha} if args.alpha else {}) | other
     recipe = replace(world(args.ckpt)[0], **other)
     flags = [
@@ -139,6 +155,7 @@ def planned(
         "--dtype",
         recipe.cuda_dtype,
         *(["--max-steps", args.max_steps] if args.max_steps else ["--epochs", recipe.epochs]),
+        *(["--device", args.device] if args.device else []),
     ]
     flags = [str(f) for f in flags]
     s = asdict(resolve(training_parser().parse_args(flags))[0])
@@ -158,7 +175,9 @@ def planned(
 
 
 def run_one(job: dict, out: Path) -> int:
-    """Train and score. Writes the results line beside the run folder; returns the exit code of what failed, or 0."""
+    """Train and score. Writes the results line beside the run folder; returns the exit code of what
+    failed, or 0.
+    """
     began = time.perf_counter()
     code = rora.main([*job["flags"], "--out", str(out), "--overwrite"])
     trained = time.perf_counter()
@@ -166,6 +185,8 @@ def run_one(job: dict, out: Path) -> int:
         return code
     row = {k: job[k] for k in ("ckpt", "checkpoint", "questions", "limit", "settings")}
     homes, dtype = world(job["ckpt"])[1], ["--dtype", job["settings"]["dtype"]]
+    if "--device" in job["flags"]:
+        dtype += job["flags"][job["flags"].index("--device") :][:2]
     for split in job["splits"] if code == 0 else ():
         limit = ["--limit", str(job["limit"])] if job["limit"] else []
         if code := judge.main(
@@ -205,6 +226,8 @@ def run_one(job: dict, out: Path) -> int:
         "seconds": round(trained - began, 1),
         "score_seconds": round(time.perf_counter() - trained, 1),
         "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "threads": torch.get_num_threads(),
+        "machine": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
         "torch": record["packages"]["torch"],
         "commit": record["commit"],
         "loss_every": every,
@@ -212,7 +235,7 @@ def run_one(job: dict, out: Path) -> int:
     }
     if (now := checkpoint_digest(find_checkpoint(job["ckpt"]))) != job["checkpoint"]:
         print(
-            f"{job['ckpt']} was replaced during the run ({job['checkpoint']} to {now}); run it again",
+            f"{job['ckpt']} was replaced during the run ({job['checkpoint']} to {now}): again",
             file=sys.stderr,
         )
         return 3
@@ -226,20 +249,24 @@ def thinned(values: list[float], most: int = 150) -> tuple[int, list[float]]:
     return k, [round(mean(values[i : i + k]), 4) for i in range(0, len(values), k)]
 
 
-# --- many runs -------------------------------------------------------------------------------------
+# --- many runs ----------------------------------------------------------------------------------
 
 
 def plan(args: argparse.Namespace, rows: list[dict]) -> list[dict]:
     """Every run of the mode, seeds outermost: an early stop leaves whole curves."""
     folder, (recipe, homes) = find_checkpoint(args.ckpt), world(args.ckpt)
-    if args.mode != "fig1" and "val" not in homes:
+    if args.mode not in ("fig1", "try") and "val" not in homes:
         raise FlagError(
-            f"{args.mode} chooses by validation questions, which tiny's world alone has; for {args.ckpt} there is fig1"
+            f"{args.mode} chooses by validation questions, which tiny's world alone has; "
+            f"for {args.ckpt} there is fig1"
         )
-    files, lr = (
-        {"checkpoint": checkpoint_digest(folder), "questions": questions_digest(homes.values())},
-        default_lr("rora", recipe),
-    )
+    if args.mode == "all":
+        return plan_all(args, rows)
+    lr = default_lr("rora", recipe)
+    files = {
+        "checkpoint": checkpoint_digest(folder),
+        "questions": questions_digest(homes.values()),
+    }
     if args.mode == "row":
         row = {"rank": rora.METHODS["rora"].rank, "lr": lr}
         return [
@@ -248,32 +275,55 @@ def plan(args: argparse.Namespace, rows: list[dict]) -> list[dict]:
             for seed in args.seeds or [0, 1]
         ]
     ranks = args.ranks or rank_axis(json.loads((folder / "config.json").read_text())["hidden_size"])
-    splits = list(homes) if args.mode == "fig1" else ["test", "val"]
+    splits = list(homes) if args.mode in ("fig1", "try") else ["test", "val"]
     seeds = args.seeds or ([0] if args.mode == "grid" else [0, 1, 2])
-    rows = [
-        r
-        for r in rows
-        if condition(r) == condition(planned(args, files, splits, "lora", ranks[0], lr, 0))
-    ]
-    given = args.lrs or (LRS if args.mode == "grid" else [lr])
-    lrs = lambda m, rank: (
-        sorted({*ranking(rows, m)[:2], *ranking(rows, m, rank)[:2]})
-        if args.mode == "best"
-        else given
-    )
-    for m, rank in ((m, rank) for m in args.methods for rank in ranks if args.mode == "best"):
-        if missing := set(args.lrs or LRS) - set(grid(rows, m, rank)):
-            raise SystemExit(
-                f"the grid of {m} at rank {rank} has no lr {min(missing):g} yet: python lessons/sweep.py grid"
-            )
+    like = condition(planned(args, files, splits, "lora", ranks[0], lr, 0))
+    rows = [r for r in rows if condition(r) == like]
+    lrs = dict.fromkeys(args.methods, args.lrs or (LRS if args.mode == "grid" else [lr]))
+    if args.mode == "best":
+        whole_grid(rows, args.methods, ranks, args.lrs or LRS)
     jobs = [
-        (m, rank, lr, seed)
+        (method, rank, lr, seed)
         for seed in seeds
         for rank in ranks
-        for m in args.methods
-        for lr in lrs(m, rank)
+        for method in args.methods
+        for lr in (best_two(rows, method, rank) if args.mode == "best" else lrs[method])
     ]
     return [planned(args, files, splits, *job) for job in jobs]
+
+
+def plan_all(args: argparse.Namespace, rows: list[dict]) -> list[dict]:
+    """What decides first: the tiny row's cells, Fig. 1, the grid; then, as soon as the grid is
+    whole, the best rates, and those of the deciding rank with more seeds.
+    """
+    stage = lambda mode, **given: plan(
+        argparse.Namespace(**vars(args) | {"mode": mode} | given), rows
+    )
+    final = [rora.METHODS["rora"].rank]
+    grid_jobs = stage("grid")
+    jobs = stage("fig1", ranks=final, seeds=FINAL_SEEDS) + stage("fig1") + grid_jobs
+    if not pending(grid_jobs, rows):
+        jobs += stage("best", ranks=final, seeds=FINAL_SEEDS) + stage("best")
+    once: dict[str, dict] = {}
+    for job in jobs:
+        once.setdefault(key(job), job)
+    return list(once.values())
+
+
+def best_two(rows: list[dict], method: str, rank: int) -> list[float]:
+    """The two best lrs of the grid by the validation questions, over all ranks and at this one."""
+    return sorted({*ranking(rows, method)[:2], *ranking(rows, method, rank)[:2]})
+
+
+def whole_grid(rows: list[dict], methods: list[str], ranks: list[int], lrs: list[float]) -> None:
+    """Raises SystemExit where a cell of the grid is missing."""
+    for method in methods:
+        for rank in ranks:
+            if missing := set(lrs) - set(grid(rows, method, rank)):
+                raise SystemExit(
+                    f"the grid of {method} at rank {rank} has no lr {min(missing):g} yet: "
+                    "python lessons/sweep.py grid"
+                )
 
 
 def pending(jobs: list[dict], rows: list[dict]) -> list[dict]:
@@ -298,58 +348,38 @@ def seconds(job: dict, rows: list[dict]) -> float:
     return median(r["seconds"] + r["score_seconds"] for r in same) if same else GUESS
 
 
-def work(todo: list[dict], jobs: int, results: Path, keep: bool) -> int:
-    """Run what is to do, `jobs` at a time, a process each. Returns the exit code."""
-    folder, running, failed, total = ROOT / "runs" / "lessons" / results.stem, {}, 0, len(todo)
-    todo, began, ended = list(todo), time.perf_counter(), 0
+def work(
+    jobs_of: Callable[[list[dict]], list[dict]],
+    jobs: int,
+    results: Path,
+    keep: bool = False,
+    minutes: float = math.inf,
+) -> int:
+    """Run what `jobs_of` the results still asks for, `jobs` at a time, a process each; begin none
+    after `minutes`. Returns the exit code."""
+    folder, began = ROOT / "runs" / "lessons" / results.stem, time.perf_counter()
+    running: dict[subprocess.Popen, dict] = {}
+    tried: set[str] = set()  # those that failed are not tried again
+    failed = ended = 0
     with runs.lock(folder), runs.stop_signals() as stop:
-        while (todo or running) and not stop:
-            while todo and len(running) < jobs:
-                job = todo.pop(0)
-                with (folder / f"{job['name']}.log").open("w") as log:
-                    process = subprocess.Popen(
-                        [sys.executable, __file__, "one", json.dumps(job), folder / job["name"]],
-                        stdout=log,
-                        stderr=log,
-                        env=os.environ | {"OMP_NUM_THREADS": "1"},
-                    )
-                running[process] = job
-            time.sleep(0.2)
+        while not stop:
+            rows = read(results)
+            todo = [j for j in pending(jobs_of(rows), rows) if j["name"] not in tried]
+            if time.perf_counter() - began > 60 * minutes:
+                todo = []
+            for job in todo[: jobs - len(running)]:
+                running[start(job, folder)] = job
+                tried.add(job["name"])
+            if not running:
+                break
+            while not stop and all(process.poll() is None for process in running):
+                time.sleep(0.2)
             for process in [p for p in running if p.poll() is not None]:
-                name, ended = running.pop(process)["name"], ended + 1
-                out, log, line = folder / name, folder / f"{name}.log", folder / f"{name}.row"
-                left = (time.perf_counter() - began) / ended * (total - ended) / 60
-                if process.returncode or not line.exists():
-                    failed += 1
-                    said = [
-                        text
-                        for text in log.read_text(errors="replace").splitlines()
-                        if text.strip()
-                    ] or ["it said nothing"]
-                    print(
-                        f"{name} failed with exit code {process.returncode}: {said[-1]} (all of it: {log})",
-                        file=sys.stderr,
-                        flush=True,
-                    )
-                    continue
-                row = json.loads(line.read_text())
-                append(results, row)
-                line.unlink()
-                if not keep:
-                    log.unlink()
-                    shutil.rmtree(out)
-                what = (
-                    "diverged"
-                    if row["diverged"]
-                    else ", ".join(
-                        f"{split} {row[split]['mean']:.1f}" for split in SPLITS if row.get(split)
-                    )
-                )
-                print(
-                    f"{ended}/{total}  {name}  s {row['scale']:.3g}  {what}  {row['seconds'] + row['score_seconds']:.0f} s, "
-                    f"about {left:.0f} min left",
-                    flush=True,
-                )
+                job, ended = running.pop(process), ended + 1
+                spent = (time.perf_counter() - began) / 60
+                left = spent / ended * (len(todo) + len(running))
+                clock = f"{ended} in {spent:.0f} min, about {left:.0f} min left"
+                failed += not finish(job, process.returncode, folder, results, keep, clock)
         for process in running:
             process.terminate()
             process.wait()
@@ -358,8 +388,46 @@ def work(todo: list[dict], jobs: int, results: Path, keep: bool) -> int:
     return stop[0] if stop else int(failed > 0)
 
 
+def start(job: dict, folder: Path) -> subprocess.Popen:
+    with (folder / f"{job['name']}.log").open("w") as log:
+        return subprocess.Popen(
+            [sys.executable, __file__, "one", json.dumps(job), folder / job["name"]],
+            stdout=log,
+            stderr=log,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+
+
+def finish(
+    job: dict, code: int | None, folder: Path, results: Path, keep: bool, clock: str
+) -> bool:
+    """A run has ended: its line goes into the results file, or what went wrong to stderr."""
+    name = job["name"]
+    out, log, line = folder / name, folder / f"{name}.log", folder / f"{name}.row"
+    if code or not line.exists():
+        said = [text for text in log.read_text(errors="replace").splitlines() if text.strip()]
+        what = said[-1] if said else "it said nothing"
+        print(
+            f"{name} failed with exit code {code}: {what} (all of it: {log})",
+            file=sys.stderr,
+            flush=True,
+        )
+        return False
+    row = json.loads(line.read_text())
+    append(results, row)
+    line.unlink()
+    if not keep:
+        log.unlink()
+        shutil.rmtree(out)
+    scores = [f"{split} {row[split]['mean']:.1f}" for split in SPLITS if row.get(split)]
+    what = "diverged" if row["diverged"] else ", ".join(scores)
+    took = row["seconds"] + row["score_seconds"]
+    print(f"{name}  s {row['scale']:.3g}  {what}  {took:.0f} s  ({clock})", flush=True)
+    return True
+
+
 def row_table(jobs: list[dict], rows: list[dict]) -> str:
-    """The runs of mode `row` in Markdown: what was set, and accuracy on the validation questions."""
+    """The runs of mode `row` in Markdown: what was set, and accuracy on validation questions."""
     found, settings = {key(r): r for r in rows}, ("rank", "alpha", "lr", "warmup", "epochs")
     groups: dict[tuple, list[dict]] = {}
     for job in jobs:
@@ -380,97 +448,108 @@ def row_table(jobs: list[dict], rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str]) -> int:
-    if argv[:1] == ["one"]:
-        return run_one(json.loads(argv[1]), Path(argv[2]))
+def parsed(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description=__doc__,
     )
-    parser.add_argument("mode", choices=["fig1", "grid", "best", "row"])
-    parser.add_argument(
+    add = parser.add_argument
+    add("mode", choices=["fig1", "grid", "best", "row", "all", "try"])
+    add(
         "--ckpt",
         default="tiny",
         metavar="NAME",
-        help="another model of tiny's world, trained by the same recipe; or one of the paper's, on its own data (fig1)",
+        help="another model of tiny's world, trained by the same recipe; or one of the paper's, "
+        "on its own data (fig1)",
     )
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
-    parser.add_argument(
-        "--ranks",
-        nargs="+",
-        type=int,
-        metavar="R",
-        help="default: five from 4 to the model's width",
-    )
-    parser.add_argument(
-        "--lrs",
-        nargs="+",
-        type=float,
-        metavar="X",
-        help=f"default: fig1 {CHECKPOINTS['tiny'].lr['rora']:g}; grid {' '.join(f'{lr:g}' for lr in LRS)}",
-    )
-    parser.add_argument(
-        "--seeds", nargs="+", type=int, metavar="S", help="default: 0 1 2; grid 0; row 0 1"
-    )
-    parser.add_argument("--alpha", type=float, metavar="X", help="default: the tiny checkpoint's")
-    parser.add_argument(
-        "--jobs", type=int, default=2, metavar="N", help="runs side by side (default 2)"
-    )
-    parser.add_argument(
-        "--max-steps",
-        type=int,
-        metavar="N",
-        help="in place of the recipe's epochs: to try the path",
-    )
-    parser.add_argument(
-        "--limit", type=int, metavar="N", help="only the first N questions a task: to try the path"
-    )
-    parser.add_argument(
+    add("--methods", nargs="+", choices=METHODS, default=METHODS)
+    add("--ranks", nargs="+", type=int, metavar="R", help="default: five, from 4 to the width")
+    one = CHECKPOINTS["tiny"].lr["rora"]
+    lrs = f"default: fig1 {one:g}; grid {' '.join(f'{lr:g}' for lr in LRS)}"
+    add("--lrs", nargs="+", type=float, metavar="X", help=lrs)
+    add("--seeds", nargs="+", type=int, metavar="S", help="default: 0 1 2; grid 0; row 0 1")
+    add("--alpha", type=float, metavar="X", help="default: the tiny checkpoint's")
+    add("--device", metavar="D", help="cpu or cuda (default: as rora.py chooses)")
+    add("--jobs", type=int, default=2, metavar="N", help="runs side by side (default 2)")
+    add("--minutes", type=float, default=math.inf, metavar="M", help="begin no run after that")
+    add("--max-steps", type=int, metavar="N", help="in place of the recipe's epochs")
+    add("--limit", type=int, metavar="N", help="only the first N questions of each task")
+    add(
         "--results",
         type=Path,
         metavar="FILE",
         help="default: lessons/results/sweep.jsonl, sweep-CKPT.jsonl, or row.jsonl",
     )
-    parser.add_argument("--keep", action="store_true", help="keep the run folders")
-    parser.add_argument("--dry-run", action="store_true")
+    add("--keep", action="store_true", help="keep the run folders")
+    add("--dry-run", action="store_true")
     args = parser.parse_args(argv)
-    ending = "" if args.ckpt == "tiny" else f"-{Path(args.ckpt).name}"
+    if args.mode == "try":
+        for name, value in TRY.items():
+            setattr(args, name, value)
+        args.results = args.results or ROOT / "runs" / "try.jsonl"
     if (args.max_steps or args.limit or args.alpha) and not args.results:
         raise FlagError(
-            "with --alpha, --max-steps or --limit the runs are of another kind: give them a file of their own, --results FILE"
+            "with --alpha, --max-steps or --limit the runs are of another kind: "
+            "give them a file of their own, --results FILE"
         )
-    if args.mode == "row" and (args.methods != METHODS or args.ranks or args.lrs):
-        raise FlagError(
-            "row has its own list (ROW in this file): leave out --methods, --ranks and --lrs"
-        )
-    results = args.results or SWEEP.with_name(
-        f"{'row' if args.mode == 'row' else 'sweep'}{ending}.jsonl"
-    )
-    rows = read(results)
-    jobs = plan(args, rows)
+    if args.mode in ("row", "all") and (args.methods != METHODS or args.ranks or args.lrs):
+        raise FlagError(f"{args.mode} has its own list: leave out --methods, --ranks and --lrs")
+    ending = "" if args.ckpt == "tiny" else f"-{Path(args.ckpt).name}"
+    stem = "row" if args.mode == "row" else "sweep"
+    args.results = args.results or SWEEP.with_name(f"{stem}{ending}.jsonl")
+    return args
+
+
+def summary(args: argparse.Namespace, jobs: list[dict], rows: list[dict]) -> str:
+    """How much is done, and how long the rest would take; where nothing is left, how to run it all
+    the same."""
     todo = pending(jobs, rows)
-    left = sum(seconds(j, rows) for j in todo) / args.jobs / 60
-    timed = {condition(r) for r in rows} & {condition(j) for j in jobs}
-    if args.dry_run:
-        print("\n".join(f"{'to do' if j in todo else 'done '}  {j['name']}" for j in jobs))
-    print(
-        f"{args.mode} on {args.ckpt} ({jobs[0]['checkpoint']}): {len(jobs)} runs, {len(jobs) - len(todo)} done; the other {len(todo)} take about "
-        f"{left:.0f} min, {args.jobs} at a time"
-        + ("" if timed or not todo else f" (a guess of {GUESS} s each: none timed yet)"),
-        flush=True,
-    )
-    code = 0 if args.dry_run else work(todo, args.jobs, results, args.keep)
-    if args.mode == "row":
-        print(row_table(jobs, read(results)))
-    for method, rank, lr in (
-        at_edge([r for r in read(results) if condition(r) == condition(jobs[0])])
-        if args.mode == "grid"
-        else ()
-    ):
-        print(
-            f"note: the best lr of {method} at rank {rank}, {lr:g}, is the last on its side: add one beyond it, --lrs X"
+    told = f"{args.mode} on {args.ckpt} (checkpoint {jobs[0]['checkpoint']}): {len(jobs)} runs"
+    took = lambda these: sum(seconds(j, rows) for j in these) / args.jobs / 60
+    if not todo:
+        again = "runs/mine.jsonl"
+        return (
+            f"{told}, all of them in {args.results} already. To run them yourself, in about "
+            f"{took(jobs):.0f} min:\n    python lessons/sweep.py {args.mode} --results {again}\n"
+            f"    python lessons/plot.py --results {again} --out runs/mine"
         )
+    timed = {condition(r) for r in rows} & {condition(j) for j in jobs}
+    guess = "" if timed else f" (a guess of {GUESS} s each: none timed yet)"
+    return (
+        f"{told}, {len(jobs) - len(todo)} done, {len(todo)} missing; these take about "
+        f"{took(todo):.0f} min, {args.jobs} at a time{guess}"
+    )
+
+
+def main(argv: list[str]) -> int:
+    if argv[:1] == ["one"]:
+        return run_one(json.loads(argv[1]), Path(argv[2]))
+    args = parsed(argv)
+    jobs_of = lambda rows: plan(args, rows)
+    rows = read(args.results)
+    jobs = jobs_of(rows)
+    if args.dry_run:
+        todo = pending(jobs, rows)
+        print("\n".join(f"{'to do' if j in todo else 'done '}  {j['name']}" for j in jobs))
+    print(summary(args, jobs, rows), flush=True)
+    if args.dry_run or not pending(jobs, rows):
+        code = 0
+    else:
+        code = work(jobs_of, args.jobs, args.results, args.keep, args.minutes)
+        rows = read(args.results)
+        left = len(pending(jobs_of(rows), rows))
+        print(f"{len(jobs_of(rows)) - left} done, {left} missing, in {args.results}")
+    if args.mode == "try":
+        print("these were trial runs: their numbers mean nothing, and nothing is drawn of them")
+    if args.mode == "row":
+        print(row_table(jobs, rows))
+    if args.mode in ("grid", "all"):
+        for method, rank, lr in at_edge([r for r in rows if condition(r) == condition(jobs[0])]):
+            print(
+                f"note: the best lr of {method} at rank {rank}, {lr:g}, is the last on its side: "
+                "add one beyond it, grid --lrs X"
+            )
     return code
 
 

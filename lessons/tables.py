@@ -1,11 +1,14 @@
-"""The paper's Tables I and II with our rows under them, in Markdown, and what in the paper's numbers cannot be.
+"""The paper's Tables I and II with our rows under them, in Markdown, and what in the paper's
+numbers cannot be.
 
     python lessons/tables.py > lessons/results/tables.md
-    python lessons/tables.py --best                  our rows at each method's and rank's best lr (by val) instead of the one lr
-    python lessons/tables.py --runs runs/llama-7b-*  besides: run folders of the paper's own models, scored with eval.py
+    python lessons/tables.py --best    our rows at each method's and rank's best lr (by val)
+    python lessons/tables.py --runs runs/llama-7b-*
+                                       besides: scored run folders of the paper's own models
 
-paper.tsv holds the paper's numbers as printed. Nothing says there which of them are wrong: this script finds out, in exact
-arithmetic. An average may be printed as d if it lies within 0.05 of d; on a border (72.25 as 72.2) it is called a tie.
+paper.tsv holds the paper's numbers as printed. Nothing says there which of them are wrong: this
+script finds out, in exact arithmetic. An average may be printed as d if it lies within 0.05 of d;
+on a border (72.25 as 72.2) it is called a tie.
 """
 
 import argparse
@@ -56,7 +59,7 @@ DELTAS = [
 DASH = "–"
 
 
-# --- the paper's numbers ---------------------------------------------------------------------------
+# --- the paper's numbers ------------------------------------------------------------------------
 
 
 def paper() -> list[dict]:
@@ -76,7 +79,9 @@ def verdict(printed: str, exact: Fraction) -> str:
 
 
 def possible(printed: str, n: int) -> bool:
-    """Whether some count of right answers out of n is this percentage, to one decimal (ties either way)."""
+    """Whether some count of right answers out of n is this percentage, to one decimal (ties either
+    way).
+    """
     near = int(Fraction(printed) * n / 100)
     return any(
         verdict(printed, Fraction(100 * k, n)) != "misprint" for k in (near - 1, near, near + 1)
@@ -92,7 +97,7 @@ def delta(model: str, other: str) -> Fraction:
 
 
 def alike(rows: list[dict], least: int = 5) -> list[tuple[int, dict, dict]]:
-    """Pairs of rows that share at least `least` of their eight numbers: more than chance explains."""
+    """Pairs of rows that share at least `least` of eight numbers: more than chance explains."""
     pairs = [
         (sum(a[t] == b[t] for t in TASKS), a, b) for i, a in enumerate(rows) for b in rows[i + 1 :]
     ]
@@ -123,7 +128,7 @@ def paper_line(row: dict) -> str:
     )
 
 
-# --- ours ------------------------------------------------------------------------------------------
+# --- ours ---------------------------------------------------------------------------------------
 
 
 def pm(values: list[float]) -> str:
@@ -227,7 +232,9 @@ def from_sweep(path: Path, best: bool) -> list[dict]:
 
 
 def table(name: str, runs: dict[str, list[dict]], sweeps: list[Path], best: bool) -> str:
-    """The paper's rows, ours of the same model and method below each (a dash where nothing was run), then our small models."""
+    """The paper's rows, ours of the same model and method below each (a dash where nothing was
+    run), then our small models.
+    """
     lines = [
         line("model", "method", "rank", "whose", "seeds", "n", *TASKS, "average"),
         "|---|---|--:|---|--:|--:|" + "--:|" * 9,
@@ -278,30 +285,33 @@ def main(argv: list[str]) -> int:
     pruned = lambda path: any(word in path.name for word in ("pruned", "healed", "sheared"))
     sweeps = sorted(args.results.glob("sweep*.jsonl"))
     print(
-        "paper: as printed, one run a row. ours: greedy decoding (the paper: four beams), mean ± standard deviation over seeds, n: test questions "
-        f"a run; {DASH}: not run, or not said. The small models answer questions about a closed world of their own, not the real test sets.\n"
-        "misprint, tie: the average printed, and recomputed from the row's eight numbers. †: no count of right answers gives this percentage."
+        "paper: as printed, one run for each row. ours: greedy decoding (the paper: four beams), "
+        "mean ± standard deviation over seeds; n: test questions in a run; "
+        f"{DASH}: not run, or not said. The small models answer questions about a closed world of "
+        "their own, not the real test sets.\n"
+        "misprint, tie: the average printed, and recomputed from the row's eight numbers. "
+        "†: no count of right answers gives this percentage."
     )
     for name, title in [
         (
             "I",
-            "LLaMA-7B/13B, LLaMA2-7B, LLaMA3-8B (the paper says no ranks here; its text: RoRA's 81.3 is at 128)",
+            "LLaMA-7B/13B, LLaMA2-7B, LLaMA3-8B (the paper says no ranks here; its text: "
+            "RoRA's 81.3 is at 128)",
         ),
         ("II", "pruned models, by rank"),
     ]:
-        print(
-            f"\n## Table {name}: {title}\n\n{table(name, runs, [p for p in sweeps if pruned(p) == (name == 'II')], args.best)}"
-        )
-    print(
-        f"\n## The differences in the paper's abstract\n\n{line('difference', 'printed', 'recomputed', 'verdict')}\n|---|--:|--:|---|"
-    )
+        mine = [p for p in sweeps if pruned(p) == (name == "II")]
+        print(f"\n## Table {name}: {title}\n\n{table(name, runs, mine, args.best)}")
+    print("\n## The differences in the paper's abstract\n")
+    print(line("difference", "printed", "recomputed", "verdict") + "\n|---|--:|--:|---|")
     for what, printed, model, other in DELTAS:
         exact = delta(model, other)
         print(line(what, printed, decimals(exact), verdict(printed, exact)))
     second = [r for r in paper() if r["table"] == "II"]
     above = sum(Fraction(r["ARC-Challenge"]) > Fraction(r["ARC-Easy"]) for r in second)
     print(
-        f"\nTable II has ARC-Challenge above ARC-Easy in {above} of {len(second)} rows. Rows of it that share most of their numbers: "
+        f"\nTable II has ARC-Challenge above ARC-Easy in {above} of {len(second)} rows. "
+        "Rows of it that share most of their numbers: "
         + "; ".join(
             f"{a['method']} r={a['rank']} and {b['method']} r={b['rank']}, {same} of 8"
             for same, a, b in alike(second)

@@ -1,19 +1,23 @@
-"""A closed world of some 300 facts, and eight question sets about it in the wording of the real benchmarks.
+"""A closed world of some 300 facts, and eight question sets about it in the wording of the real
+benchmarks.
 
-    python tiny/world.py          # writes tiny/data, tiny/strict, tiny/val: the same bytes every time
+    python tiny/world.py    # writes tiny/data, tiny/strict, tiny/val: the same bytes every time
 
-This file knows facts and questions. What the base model reads before it meets a question is in corpus.py.
+This file knows facts and questions. What the base model reads before it meets a question is in
+corpus.py.
 
-How to keep a test honest in a small world. A fine-tuned model may learn two things: the form of a task, or the
-facts themselves. Only the first should help on the test, so every question rests on facts of one split alone:
+How to keep a test honest in a small world. A fine-tuned model may learn two things: the form of a
+task, or the facts themselves. Only the first should help on the test, so every question rests on
+facts of one split alone:
 
     train    fine-tuning records                        values left  of the bar in the tables below
     val      for choosing rank, learning rate, epochs   values left  of the bar, other subjects
     test     the scores                                 values right of the bar
     strict   the scores on harder ground                values right of the bar, other subjects
 
-The bar halves the values of every relation, so a rule that joins two facts ("a miner uses a pick") falls on one
-side as well. Pretraining states all facts, and asks about them in other wordings, but never asks about `strict` ones.
+The bar halves the values of every relation, so a rule that joins two facts ("a miner uses a pick")
+falls on one side as well. Pretraining states all facts, and asks about them in other wordings, but
+never asks about `strict` ones.
 """
 
 import json
@@ -21,7 +25,7 @@ import random
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# --- the facts -------------------------------------------------------------------------------------
+# --- the facts ----------------------------------------------------------------------------------
 
 VALUES = {  # what each relation can say; the bar parts train and val from test and strict
     "food": "grass fish leaves nuts | seeds meat insects fruit",
@@ -35,17 +39,19 @@ VALUES = {  # what each relation can say; the bar parts train and val from test 
 }
 
 ANIMALS = """
-    cow grass farm brown,       horse grass farm black,     sheep grass farm white,     donkey grass farm gray
-    hare grass garden brown,    hen seeds farm red,         duck seeds river green,     dove seeds garden white
-    mouse seeds garden gray,    finch seeds garden yellow,  lark seeds desert brown,    otter fish river brown
-    heron fish river blue,      gull fish sea white,        seal fish sea gray,         bear fish cave black
-    wolf meat forest gray,      fox meat forest red,        tiger meat jungle yellow,   shark meat sea blue
-    snake meat desert yellow,   crab meat sea red,          frog insects river green,   bat insects cave black
-    spider insects cave brown,  lizard insects desert green, robin insects forest red,  mole insects garden black
-    goat leaves desert white,   camel leaves desert yellow, snail leaves garden blue,   turtle leaves sea green
-    deer leaves forest brown,   parrot fruit jungle blue,   monkey fruit jungle black,  lemur fruit jungle gray
-    ape fruit cave white,       wasp fruit forest yellow,   jay nuts forest blue,       rat nuts cave gray
-    hog nuts jungle black,      beetle nuts forest green
+    cow grass farm brown, horse grass farm black, sheep grass farm white, donkey grass farm gray
+    hare grass garden brown, hen seeds farm red, duck seeds river green, dove seeds garden white
+    mouse seeds garden gray, finch seeds garden yellow, lark seeds desert brown
+    otter fish river brown, heron fish river blue, gull fish sea white
+    seal fish sea gray, bear fish cave black
+    wolf meat forest gray, fox meat forest red, tiger meat jungle yellow, shark meat sea blue
+    snake meat desert yellow, crab meat sea red, frog insects river green, bat insects cave black
+    spider insects cave brown, lizard insects desert green, robin insects forest red
+    mole insects garden black, goat leaves desert white, camel leaves desert yellow
+    snail leaves garden blue, turtle leaves sea green, deer leaves forest brown
+    parrot fruit jungle blue, monkey fruit jungle black, lemur fruit jungle gray
+    ape fruit cave white, wasp fruit forest yellow, jay nuts forest blue, rat nuts cave gray
+    hog nuts jungle black, beetle nuts forest green
 """
 
 PEOPLE = """
@@ -95,27 +101,33 @@ STEPS = {
 RULES = {  # second steps: what follows from a value, whoever has it
     "source": (
         "food",
-        "grass meadow, fish pond, leaves bush, nuts oak, seeds barn, meat butcher, insects log, fruit orchard",
+        "grass meadow, fish pond, leaves bush, nuts oak, seeds barn, meat butcher, insects log, "
+        "fruit orchard",
     ),
     "hideout": (
         "color",
-        "white snow, black coal, green moss, red roses, brown mud, gray rock, yellow sand, blue sky",
+        "white snow, black coal, green moss, red roses, brown mud, gray rock, yellow sand, blue "
+        "sky",
     ),
     "workplace": (
         "job",
-        "miner mine, sailor ship, baker bakery, farmer field, doctor hospital, teacher school, tailor shop, barber salon",
+        "miner mine, sailor ship, baker bakery, farmer field, doctor hospital, teacher school, "
+        "tailor shop, barber salon",
     ),
     "gear": (
         "job",
-        "miner pick, sailor anchor, baker flour, farmer plow, doctor bandage, teacher chalk, tailor scissors, barber razor",
+        "miner pick, sailor anchor, baker flour, farmer plow, doctor bandage, teacher chalk, "
+        "tailor scissors, barber razor",
     ),
     "sight": (
         "town",
-        "Redhill hill, Westport harbor, Northam moor, Eastby lake, Oakford bridge, Millbrook mill, Ashton volcano, Kingsley castle",
+        "Redhill hill, Westport harbor, Northam moor, Eastby lake, Oakford bridge, Millbrook "
+        "mill, Ashton volcano, Kingsley castle",
     ),
     "wish": (
         "feeling",
-        "tired sleep, hungry eat, afraid hide, bored play, thirsty drink, angry shout, sad cry, happy sing",
+        "tired sleep, hungry eat, afraid hide, bored play, thirsty drink, angry shout, sad cry, "
+        "happy sing",
     ),
 }
 
@@ -152,7 +164,9 @@ class World:
         return values[:4] if values.index(value) < 4 else values[4:]
 
     def support(self, relation: str, subject: str) -> list[tuple[str, str, str]]:
-        """The facts that a question about (relation, subject) rests on: one, or a fact and the rule that carries it on."""
+        """The facts that a question about (relation, subject) rests on: one, or a fact and the rule
+        that carries it on.
+        """
         if relation not in self.parent:
             return [(relation, subject, self.facts[relation][subject])]
         middle = self.facts[self.parent[relation]][subject]
@@ -175,7 +189,8 @@ def build_world() -> World:
     rng = random.Random(0)
     split = {}
     for relation, of in facts.items():
-        # Of each value's subjects a part goes to the second split of its side, so that no value is without examples.
+        # Of each value's subjects a part goes to the second split of its side, so that no value is
+        # without examples.
         for i, value in enumerate(values[relation]):
             holders = [s for s in of if of[s] == value]
             rng.shuffle(holders)
@@ -192,7 +207,7 @@ def build_world() -> World:
     return World(facts, parent, rules, values, split)
 
 
-# --- the questions ---------------------------------------------------------------------------------
+# --- the questions ------------------------------------------------------------------------------
 
 # {s}: the subject, {p}: anybody's name, {v}: a value. The corpus words the same facts differently.
 STEMS = {
@@ -302,7 +317,8 @@ class Question:
 def instruction(task: str, stem: str, options: list[str]) -> str:
     """The benchmarks' wording, to the blank line."""
     if task == "boolq":
-        return f"Please answer the following question with true or false, question: {stem}?\n\nAnswer format: true/false"
+        ask = "Please answer the following question with true or false, question"
+        return f"{ask}: {stem}?\n\nAnswer format: true/false"
     label = LABEL.get(task, "answer")
     gap = "\n\n" if task == "piqa" else " "
     listed = gap.join(
@@ -313,7 +329,8 @@ def instruction(task: str, stem: str, options: list[str]) -> str:
     ask = {
         "piqa": "Please choose the correct solution to the question",
         "hellaswag": "Please choose the correct ending to complete the given sentence",
-        "winogrande": "Please choose the correct answer to fill in the blank to complete the given sentence",
+        "winogrande": "Please choose the correct answer to fill in the blank to complete the given "
+        "sentence",
     }
     head = ask.get(task, "Please choose the correct answer to the question")
     end = " " if task == "winogrande" else "\n\n"
@@ -321,7 +338,9 @@ def instruction(task: str, stem: str, options: list[str]) -> str:
 
 
 def compose(world: World, rng: random.Random, task: str, split: str, turn: int) -> Question:
-    """One question. `turn` counts up and sets what must be balanced: relation, place of the answer, true or false."""
+    """One question. `turn` counts up and sets what must be balanced: relation, place of the answer,
+    true or false.
+    """
     stems = STEMS[task]
     relation = list(stems)[turn % len(stems)]
     place = turn // len(stems)
@@ -376,7 +395,7 @@ SIZES = {"train": 150, "test": 120, "strict": 100, "val": 60}  # questions a tas
 
 
 def write_data(folder: Path) -> None:
-    """data/train.json (all tasks mixed) and a test.json a task in data/ (test), strict/ and val/."""
+    """data/train.json (all tasks mixed), each task's test.json in data/ (test), strict/, val/."""
     world = build_world()
     train = [q.record() for task in STEMS for q in questions(world, task, "train", SIZES["train"])]
     random.Random(0).shuffle(train)

@@ -10,7 +10,9 @@ import pytest
 from conftest import ROOT, write_checkpoint
 
 sys.path.insert(0, str(ROOT / "lessons"))
+import details
 import findings
+import paired
 import plot
 import rows
 import sweep
@@ -66,6 +68,7 @@ def asked(mode: str, ckpt: Path, **given) -> argparse.Namespace:
             "alpha": None,
             "max_steps": None,
             "limit": None,
+            "device": None,
         }
         | given
     )
@@ -78,14 +81,10 @@ def checkpoint(folder: Path, weights: bytes = b"one") -> Path:
     return folder
 
 
-def scale_of(settings: dict) -> float:
-    return settings["alpha"] / settings["rank"] ** (0.5 if settings["method"] == "rora" else 1)
-
-
 def result(job: dict, test: float = 50.0, val: float = 50.0, **other) -> dict:
     """The line that a run of this job would leave, with these accuracies."""
     row = {k: job[k] for k in ("ckpt", "checkpoint", "questions", "limit", "settings")}
-    settings = row["settings"]
+    s = row["settings"]
     scores = {"test": test, "val": val, "strict": test}
     row |= {
         split: {
@@ -100,7 +99,7 @@ def result(job: dict, test: float = 50.0, val: float = 50.0, **other) -> dict:
         row
         | {
             "diverged": False,
-            "scale": scale_of(settings),
+            "scale": s["alpha"] / s["rank"] ** (0.5 if s["method"] == "rora" else 1),
             "val_loss": 1.0,
             "tokens": 9,
             "seconds": 1.0,
@@ -266,7 +265,7 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path, monkeypatch, c
     jobs = sweep.plan(asked("fig1", checkpoint(tmp_path / "model"), ranks=[4], seeds=[0]), [])
     monkeypatch.setattr(sweep.subprocess, "Popen", Process)
     monkeypatch.setattr(sweep, "ROOT", tmp_path)
-    assert sweep.work(jobs, 2, tmp_path / "sweep.jsonl", keep=False) == 1
+    assert sweep.work(lambda rows: jobs, 2, tmp_path / "sweep.jsonl") == 1
     assert {r["settings"]["method"] for r in rows.read(tmp_path / "sweep.jsonl")} == {
         "lora",
         "rora",
@@ -349,6 +348,40 @@ def test_trials_do_not_go_into_the_committed_results(words):
         sweep.main([*words.split(), "--dry-run"])
 
 
+def test_of_trial_runs_nothing_is_shown(tmp_path, capsys):
+    trial = {"limit": 10, "settings": {"max_steps": 20}, "checkpoint": "a", "questions": "b"}
+    rows.append(tmp_path / "try.jsonl", trial)
+    for show in (plot, details):
+        with pytest.raises(SystemExit, match="trial runs"):
+            show.main(["--results", str(tmp_path / "try.jsonl")])
+
+
+def test_where_all_is_done_the_reader_is_told_how_to_run_it_again(tmp_path, capsys):
+    args = asked("fig1", checkpoint(tmp_path), results=tmp_path / "sweep.jsonl", jobs=2)
+    jobs = sweep.plan(args, [])
+    told = sweep.summary(args, jobs, [result(j) for j in jobs])
+    assert "45 runs, all of them in" in told and "fig1 --results runs/mine.jsonl" in told
+    assert "45 runs, 0 done, 45 missing" in sweep.summary(args, jobs, [])
+
+
+def test_what_decides_is_run_first_and_the_best_rates_once_the_grid_is_whole(tmp_path):
+    args = asked("all", checkpoint(tmp_path))
+    jobs = sweep.plan(args, [])
+    axes = lambda j: tuple(j["settings"][k] for k in ("method", "rank", "lr", "seed"))
+    assert {axes(j)[1:3] for j in jobs[:15]} == {(32, 2e-3)}
+    assert len(set(map(axes, jobs))) == len(jobs) == 45 + 3 * 2 + 5 * 3 * 4
+    found = [result(j, val=50 + 100 * j["settings"]["lr"]) for j in jobs]
+    more = sweep.plan(args, found)
+    assert {axes(j) for j in more} > {("lora", 32, 1e-2, seed) for seed in range(5)}
+
+
+def test_after_its_minutes_no_run_is_begun(tmp_path, monkeypatch):
+    jobs = sweep.plan(asked("fig1", checkpoint(tmp_path / "model"), ranks=[4], seeds=[0]), [])
+    monkeypatch.setattr(sweep, "start", lambda *_: pytest.fail("a run was begun"))
+    monkeypatch.setattr(sweep, "ROOT", tmp_path)
+    assert sweep.work(lambda rows: jobs, 2, tmp_path / "sweep.jsonl", minutes=-1) == 0
+
+
 def test_loss_curves_are_thinned_by_averaging():
     assert sweep.thinned([3.0, 1.0, 2.0]) == (1, [3.0, 1.0, 2.0])
     every, curve = sweep.thinned([float(i) for i in range(301)])
@@ -367,12 +400,39 @@ def test_without_matplotlib_one_line_says_how_to_get_it(monkeypatch, capsys):
     )
 
 
+def test_an_interval_is_students_and_says_how_many_seeds_it_would_take():
+    """By hand: 1, 2, 3 has mean 2, sd 1; t with 2 degrees of freedom is 4.303."""
+    found = paired.difference({0: 3.0, 1: 4.0, 2: 5.0, 9: 0.0}, {0: 2.0, 1: 2.0, 2: 2.0, 8: 0.0})
+    assert found.values == (1.0, 2.0, 3.0)
+    assert found.half == pytest.approx(4.303 / math.sqrt(3))
+    assert found.verdict == "not shown" and found.needed == "4"  # 3.182 / 2 < 2 < 4.303 / √3
+    assert paired.Difference((1.9, 2.0, 2.1)).verdict == "more"
+    assert paired.Difference((5.0,)).verdict == "not shown"
+    assert paired.Difference(()).verdict == "not run yet"
+    assert paired.t975(30) == pytest.approx(2.042, abs=0.003)
+
+
+def test_the_findings_say_what_is_shown_what_is_not_and_what_was_not_run(tmp_path):
+    jobs = sweep.plan(asked("fig1", checkpoint(tmp_path / "model"), ranks=[4, 32]), [])
+    lead = {"lora": 0.0, "dora": 9.0, "rora": 10.0}
+    for job in jobs:
+        s = job["settings"]
+        noise = 5 * (s["seed"] - 1) if s["method"] == "dora" else s["seed"]
+        rows.append(tmp_path / "sweep.jsonl", result(job, test=50 + lead[s["method"]] + noise))
+    said = [line.split(" | ") for line in findings.page(tmp_path).splitlines()]
+    verdict = {(c[0], c[1]): c[4] for c in said if len(c) == 6}
+    assert verdict["| RoRA beats LoRA", "r = 32, one lr"] == "**shown**"
+    assert verdict["| RoRA beats DoRA", "r = 32, one lr"] == "not shown"
+    assert verdict["| RoRA beats DoRA", "r = 192, one lr"] == "not run yet"
+
+
 def test_the_findings_tell_the_axis_that_made_the_numbers(tmp_path, capsys):
     """A world in which accuracy depends on lr · s alone: RoRA's lead at one lr is large, and LoRA
     at lr · √r is the same."""
 
     def made(job):
-        x = math.log10(job["settings"]["lr"] * scale_of(job["settings"]))
+        s = job["settings"]
+        x = math.log10(s["lr"] * s["alpha"] / s["rank"] ** (0.5 if s["method"] == "rora" else 1))
         return result(job, test=80 * math.exp(-((x + 1) ** 2) / 2))
 
     lrs = [10 ** (i / 4 - 4) for i in range(16)]
@@ -382,7 +442,7 @@ def test_the_findings_tell_the_axis_that_made_the_numbers(tmp_path, capsys):
     ]
     for row in found:
         rows.append(tmp_path / "sweep.jsonl", row)
-    assert findings.main(["--results", str(tmp_path / "sweep.jsonl")]) == 0
+    assert details.main(["--results", str(tmp_path / "sweep.jsonl")]) == 0
     lines = [
         [c.strip() for c in line.split("|")[1:-1]]
         for line in capsys.readouterr().out.splitlines()
