@@ -1,5 +1,6 @@
 """What a LLaMA is, one claim per test."""
 
+import cmath
 import dataclasses
 import json
 
@@ -31,11 +32,8 @@ def test_rmsnorm_is_x_over_its_root_mean_square_times_a_weight():
     norm = RMSNorm(16, eps=1e-6)
     norm.weight.data.uniform_(0.5, 2)
     x = torch.randn(3, 16) * 7
-    exact = (
-        x.double()
-        / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt()
-        * norm.weight.double()
-    )
+    x64, weight = x.double(), norm.weight.double()
+    exact = x64 / (x64.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
     assert torch.allclose(norm(x).double(), exact, rtol=1e-6, atol=1e-6)
 
 
@@ -44,12 +42,8 @@ def test_rope_turns_each_pair_by_position_times_frequency():
     x = torch.randn(1, 1, D, dtype=torch.float64)
     turned = apply_rope(x, *rope_tables(torch.tensor([t]), FREQS_OF_8)).double()
     for d in range(D // 2):  # the pair (d, d + D/2) as one complex number
-        z = complex(x[0, 0, d], x[0, 0, d + D // 2]) * complex(
-            *(
-                f(torch.tensor(t * theta ** (-2 * d / D), dtype=torch.float64))
-                for f in (torch.cos, torch.sin)
-            )
-        )
+        pair = complex(x[0, 0, d], x[0, 0, d + D // 2])
+        z = pair * cmath.exp(1j * t * theta ** (-2 * d / D))
         assert turned[0, 0, d].item() == pytest.approx(z.real, abs=1e-5)
         assert turned[0, 0, d + D // 2].item() == pytest.approx(z.imag, abs=1e-5)
 
@@ -87,7 +81,7 @@ def test_a_token_cannot_see_the_future(tiny):
 
 
 def test_rows_of_a_stream_do_not_see_each_other(tiny):
-    """No padding is computed, and every row gets what it would get alone."""
+    """Laid end to end, without padding, every row gets what it would get alone."""
     lengths = [9, 4, 6]
     stream = torch.cat([row[:n] for row, n in zip(IDS, lengths)])
     together = tiny.lm_head(tiny.hidden(stream, tiny.rows(lengths))).split(lengths)
@@ -112,9 +106,8 @@ def test_loss_and_gradients_of_a_stream_are_those_of_the_padded_batch(tiny):
 def test_checkpointed_blocks_give_the_same_gradients(tiny):
     def gradients(blocks):
         tiny.zero_grad()
-        tiny.hidden(
-            IDS.flatten(), tiny.rows([9, 9, 9]), checkpoint_blocks=blocks
-        ).square().sum().backward()
+        hidden = tiny.hidden(IDS.flatten(), tiny.rows([9, 9, 9]), checkpoint_blocks=blocks)
+        hidden.square().sum().backward()
         return [p.grad.clone() for p in tiny.parameters() if p.grad is not None]
 
     plain = gradients(0)
@@ -144,46 +137,42 @@ def test_generation_with_a_cache_says_what_the_whole_text_says(tiny):
     ids=["differ", "one ends", "equal"],
 )
 def test_what_all_prompts_begin_with_goes_through_the_model_once(tiny, own, monkeypatch):
-    prompts, passed = [[1, 4, 9, 3, *rest] for rest in own], []
+    """Four tokens here; then the rest of each. What is said stays the same."""
+    prompts = [[1, 4, 9, 3, *rest] for rest in own]
+    tokens_passed = []
     hidden = Llama.hidden
-    monkeypatch.setattr(
-        Llama, "hidden", lambda model, ids, *a: passed.append(len(ids)) or hidden(model, ids, *a)
-    )
-    said = generate(tiny, prompts, 1, eos=-1)
-    assert passed == [4, sum(map(len, own))]
+
+    def watched(model, ids, *rest):
+        tokens_passed.append(len(ids))
+        return hidden(model, ids, *rest)
+
+    monkeypatch.setattr(Llama, "hidden", watched)
+    generate(tiny, prompts, 1, eos=-1)
+    assert tokens_passed == [4, sum(map(len, own))]
+    said = generate(tiny, prompts, 8, eos=-1)
     monkeypatch.undo()
-    assert [s + plain_greedy(tiny, p + s, 7, -1) for p, s in zip(prompts, said)] == generate(
-        tiny, prompts, 8, eos=-1
-    )
-    assert said == [plain_greedy(tiny, p, 1, -1) for p in prompts]
+    assert said == [plain_greedy(tiny, p, 8, -1) for p in prompts]
 
 
 def test_rows_behind_a_past_get_what_each_gets_behind_it_alone():
     P, lengths = 5, [4, 1, 6]
     positions = torch.arange(sum(lengths))
     rows = Rows(lengths, positions, rope_tables(positions, FREQS_OF_8))
-    q, k, v, before_k, before_v = (
-        torch.randn(11, 4, 8),
-        *torch.randn(2, 11, 2, 8),
-        *torch.randn(2, P, 2, 8),
-    )
-    whole = lambda before, x: torch.cat([before, x])
-    expected = []
-    for a, b, c in zip(*(x.split(lengths) for x in (q, k, v))):
-        row = Rows([P + len(a)], torch.arange(P + len(a)), (None, None))
-        expected.append(
-            attend(whole(torch.zeros(P, 4, 8), a), whole(before_k, b), whole(before_v, c), row)[P:]
-        )
-    past = before_k.transpose(0, 1), before_v.transpose(0, 1)
-    assert torch.allclose(attend(q, k, v, rows, past), torch.cat(expected), atol=1e-6)
+    q, k, v = torch.randn(11, 4, 8), torch.randn(11, 2, 8), torch.randn(11, 2, 8)
+    past_q, past_k, past_v = torch.zeros(P, 4, 8), torch.randn(P, 2, 8), torch.randn(P, 2, 8)
+    alone = []
+    for row_q, row_k, row_v in zip(*(x.split(lengths) for x in (q, k, v))):
+        row = Rows([P + len(row_q)], torch.arange(P + len(row_q)), (None, None))
+        whole = [torch.cat(x) for x in ((past_q, row_q), (past_k, row_k), (past_v, row_v))]
+        alone.append(attend(*whole, row)[P:])
+    past = past_k.transpose(0, 1), past_v.transpose(0, 1)
+    assert torch.allclose(attend(q, k, v, rows, past), torch.cat(alone), atol=1e-6)
 
 
 @pytest.mark.parametrize("groups", [4, 2])
 def test_plain_products_against_the_cache_are_the_fused_attention(groups):
-    attn, positions = (
-        Attention(dataclasses.replace(SMALL, n_kv_heads=groups)),
-        torch.tensor([2, 9, 5]),
-    )
+    attn = Attention(dataclasses.replace(SMALL, n_kv_heads=groups))
+    positions = torch.tensor([2, 9, 5])
     rows = Rows([1, 1, 1], positions, rope_tables(positions, FREQS_OF_8), decoding=True)
     q, (keys, values) = torch.randn(3, 4, 8), torch.randn(2, 3, groups, 11, 8)
     visible = torch.arange(11) <= positions[:, None]
@@ -198,10 +187,10 @@ def test_a_row_in_a_batch_says_what_it_says_alone(tiny):
 
 def test_a_row_ends_at_its_own_eos_and_leaves_it_out(tiny):
     prompts = [[5, 6, 7], [9, 8, 7, 6]]
-    free = generate(tiny, prompts, 8, eos=-1)
-    eos = free[0][3]
-    for row, before in zip(generate(tiny, prompts, 8, eos=eos), free):
-        assert row == before[: before.index(eos)] if eos in before else row == before
+    endless = generate(tiny, prompts, 8, eos=-1)
+    eos = endless[0][3]
+    up_to_eos = [row[: row.index(eos)] if eos in row else row for row in endless]
+    assert generate(tiny, prompts, 8, eos=eos) == up_to_eos
 
 
 def test_generation_stops_when_every_row_has_ended(tiny, monkeypatch):
@@ -225,11 +214,12 @@ def test_the_cache_is_allocated_once(tiny):
     assert cache.k.shape == cache.v.shape == (2, 3, 2, 11, 8)  # (L, B, G, S, D)
 
 
-def test_padding_and_back_is_the_identity():
+def test_padding_the_rows_and_back_is_the_identity():
     positions = torch.arange(7)
     rows = Rows([3, 1, 3], positions, rope_tables(positions, torch.tensor([1.0, 0.01])))
     x = torch.randn(7, 2, 4)
-    assert rows.pad(x).shape == (3, 2, 3, 4) and torch.equal(rows.unpad(rows.pad(x)), x)
+    assert rows.pad(x).shape == (3, 2, 3, 4)
+    assert torch.equal(rows.unpad(rows.pad(x)), x)
 
 
 # --- config.json ----------------------------------------------------------------------------------
@@ -245,9 +235,9 @@ OLD = {
 
 
 def read(tmp_path, **changes):
-    (tmp_path / "config.json").write_text(
-        json.dumps({k: v for k, v in {**OLD, **changes}.items() if v != "absent"})
-    )
+    """A LLaMA-1 config with some keys changed, or "absent"."""
+    config = {key: value for key, value in (OLD | changes).items() if value != "absent"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     return LlamaConfig.from_json(tmp_path / "config.json")
 
 
@@ -258,10 +248,10 @@ def test_llama_1_configs_lack_keys_that_have_since_been_added(tmp_path):
 
 def test_transformers_4_and_5_spell_the_same_facts_differently(tmp_path):
     old = read(tmp_path, rope_theta=5e5, rope_scaling=None, torch_dtype="float16")
-    new = read(
-        tmp_path, rope_parameters={"rope_type": "default", "rope_theta": 5e5}, dtype="float16"
-    )
-    assert old == new and new.rope_theta == 5e5
+    rope = {"rope_type": "default", "rope_theta": 5e5}
+    new = read(tmp_path, rope_parameters=rope, dtype="float16")
+    assert old == new
+    assert new.rope_theta == 5e5
 
 
 @pytest.mark.parametrize(
