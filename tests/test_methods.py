@@ -23,6 +23,7 @@ from plumbing.hf_files import CheckpointError
 from plumbing.jobs import start_line
 from rora import (
     METHODS,
+    SCALES,
     LoRALinear,
     Method,
     attach,
@@ -269,12 +270,18 @@ def test_an_adapter_whose_method_is_gone_is_refused_by_name(tiny, tmp_path, meth
     assert trainable(fresh).keys() == dict(fresh.named_parameters()).keys()  # nothing attached
 
 
-def test_a_scale_is_one_line_in_SCALES(tiny, tmp_path, monkeypatch):
-    class FourthRootLinear(LoRALinear):
-        scale = "fourth root"
+@pytest.fixture
+def fourth_root(monkeypatch):
+    """s = α/r^¼: one line in SCALES, a class of one line, one row."""
 
-    monkeypatch.setitem(rora.SCALES, "fourth root", lambda alpha, r: alpha / r**0.25)
+    class FourthRootLinear(LoRALinear):
+        scale = "fourth-root"
+
+    monkeypatch.setitem(SCALES, "fourth-root", lambda alpha, r: alpha / r**0.25)
     monkeypatch.setitem(METHODS, "fourth", Method(FourthRootLinear))
+
+
+def test_a_scale_is_a_line_in_SCALES_and_comes_back_from_its_file(tiny, tmp_path, fourth_root):
     fresh = copy.deepcopy(tiny)
     attach(tiny, "fourth", 16, 8)
     shake(tiny)
@@ -282,3 +289,10 @@ def test_a_scale_is_one_line_in_SCALES(tiny, tmp_path, monkeypatch):
     load_adapter(fresh, tmp_path)
     assert {layer.scaling for layer in wrappers(fresh).values()} == {8 / 2}
     assert torch.equal(fresh(IDS), tiny(IDS))
+
+
+def test_the_flag_scale_finds_the_method_that_has_it(world, tmp_path, fourth_root, capsys):
+    files = ["--ckpt", str(world / "toy"), "--data", str(world / "train.json")]
+    flags = "--scale fourth-root --rank 16 --max-steps 2 --warmup 0 --val-size 0".split()
+    assert rora.main([*files, *flags, "--out", str(tmp_path / "out")]) == 0
+    assert "fourth: s = 32 (fourth-root)" in capsys.readouterr().out
