@@ -3,6 +3,7 @@
 # It knows file names, sizes and hashes; it does not look inside a checkpoint.
 #
 #   ./weights_download.sh llama-7b          ./weights_download.sh data
+#   ./weights_download.sh OWNER/NAME        any LLaMA on the hub, as safetensors, into checkpoints/OWNER/NAME
 #   ./weights_download.sh --list            ./weights_download.sh --dry-run llama-13b
 #   ./weights_download.sh llama-7b@main     (or --revision main: another commit, branch or tag than the pinned one)
 #
@@ -14,17 +15,10 @@
 set -uo pipefail
 export LC_ALL=C # [A-Z] means ASCII, tools count bytes
 
-# What is pinned, and how. A commit id fixes the tree; the hub then tells every file's size and its hash: sha256 for a
-# big (LFS) file, git's blob id for a small one. Four ids are full ones. For llama-13b only the first seven digits were
-# known when this was written: such a row asks for `main`, and takes it only if its commit starts with these digits.
-# The commit that was used is kept in checkpoints/NAME/REVISION, and a later run stays with it: two never mix.
-#    name               repository                        commit                                    GB
-CHECKPOINTS='
-     llama-7b           yahma/llama-7b-hf                 cf33055e5df9cc533abd7ea4707bf727ca2ada75  13.5
-     llama-13b          yahma/llama-13b-hf                a53b569                                   26.0
-     llama2-7b          meta-llama/Llama-2-7b-hf          01c7f73d771dfac7d292323805ebc428287df4f9  13.5
-     llama3-8b          meta-llama/Meta-Llama-3-8B        8cde5ca8380496c9a6cc7ef3a8b46a0372a1d920  16.1
-     sheared-llama-1.3b princeton-nlp/Sheared-LLaMA-1.3B  a4b76938edbf571ea7d7d9904861cbdca08809b4   5.4'
+# What is pinned, and how, stands in this table: a row a checkpoint. The commit that was used is kept in
+# checkpoints/NAME/REVISION, and a later run stays with it: two never mix.
+HERE=$(cd "$(dirname "$0")" && pwd) || exit 1
+CHECKPOINTS=$(awk '/^[^# ]/ && $2 != "-"' "$HERE/plumbing/checkpoints.txt") || exit 1
 # Hashes known from elsewhere: at the pinned commit the hub (or a mirror of it) has to name the same ones.
 KNOWN='
 4ec71fd53e99766de38f24753b30c9e8942630e9e576a1ba27b0ec531e87be41 llama2-7b/model-00001-of-00002.safetensors
@@ -160,7 +154,7 @@ add() { # put the hub's file $1 on the plan as $2 (default: the same name)
 has() { awk -F'\t' -v n="$1" '$1 == n { found = 1 } END { exit !found }' "$TMP/files"; }
 
 plan_checkpoint() {
-    local want=$REVISION kept="" ask index shard kind url size hash commit='^[0-9a-f]{7,40}$'
+    local want=$REVISION kept="" ask index shard kind small url size hash commit='^[0-9a-f]{7,40}$'
     PAGE=https://huggingface.co/$REPO
     if [ -f "$DEST/REVISION" ]; then read -r kept < "$DEST/REVISION"; fi
     want=${want:-${kept:-$PIN}}
@@ -185,10 +179,12 @@ plan_checkpoint() {
                         (lfs ? v[i, "lfs/sha256"] : v[i, "blobId"]) } }' "$TMP/flat" > "$TMP/files"
 
     add config.json
-    if has generation_config.json; then add generation_config.json; fi
-    # Llama-3 keeps its tokenizer.model with Meta's own files. tokenizer.json is not read by this project.
-    if has tokenizer.model; then add tokenizer.model; else add original/tokenizer.model tokenizer.model; fi
-    for kind in model.safetensors pytorch_model.bin; do # .bin is a pickle: second choice. Never .pth, .msgpack, .h5
+    for small in $COMPANIONS; do if has "$small"; then add "$small"; fi; done
+    if has tokenizer.model; then add tokenizer.model
+    elif has original/tokenizer.model; then add original/tokenizer.model tokenizer.model # Llama-3: with Meta's own files
+    elif ! has tokenizer.json; then die 3 "$REPO at $SHA has no tokenizer.model or .json: see $PAGE/tree/$SHA"; fi
+    # .bin is a pickle: second choice, and only from a repository in the table. Never .pth, .msgpack, .h5
+    for kind in model.safetensors $PICKLE; do
         index=$kind.index.json
         if has "$kind"; then add "$kind"; return; fi
         if has "$index"; then
@@ -201,12 +197,13 @@ plan_checkpoint() {
             if [ ! -s "$TMP/shards" ]; then die 3 "$index names no file"; fi
             while IFS= read -r shard; do
                 [[ $shard =~ ^[A-Za-z0-9_][A-Za-z0-9._-]*$ ]] || die 3 "$index: unsafe file name '$shard'"
+                if [ -z "$PICKLE" ] && [ "${shard%.safetensors}" = "$shard" ]; then die 3 "$index names $shard"; fi
                 add "$shard"
             done < "$TMP/shards"
             return
         fi
     done
-    die 3 "$REPO at $SHA has neither safetensors nor pytorch_model.bin: see $PAGE/tree/$SHA"
+    die 3 "$REPO at $SHA has no model.safetensors${PICKLE:+ and no $PICKLE}: see $PAGE/tree/$SHA"
 }
 
 plan_data() {
@@ -221,13 +218,13 @@ plan_data() {
 
 # -------------------------------------------------------------------------------- main
 
-usage() { sed -n '5,12s/^# \{0,1\}//p' "$0"; }
+usage() { sed -n '5,13s/^# \{0,1\}//p' "$0"; }
 NAME="" REVISION="" DRY="" REPO="" PIN="" SHA="" PAGE="" TOKEN="${HF_TOKEN:-}"
 while [ $# -gt 0 ]; do
     case $1 in
         -h | --help) usage; exit 0 ;;
         --list)
-            say "$CHECKPOINTS" | awk 'NF { printf "%-19s %5s GB  %s @ %.12s\n", $1, $4, $2, $3 }'
+            say "$CHECKPOINTS" | awk '{ printf "%-19s %5s GB  %s @ %.12s\n", $1, $4, $2, $3 }'
             say "data                  0.1 GB  ${DATA_REPO%/*} @ $(printf '%.12s' "${DATA_REPO##*/}")"
             exit 0 ;;
         --dry-run) DRY=1 ;;
@@ -242,8 +239,13 @@ case $NAME in
     *@?*) if [ -z "$REVISION" ]; then REVISION=${NAME#*@}; fi; NAME=${NAME%%@*} ;;
 esac
 ENDPOINT=${HF_ENDPOINT:-https://huggingface.co} ENDPOINT=${ENDPOINT%/}
+PICKLE=pytorch_model.bin COMPANIONS="generation_config.json tokenizer.json tokenizer_config.json
+    special_tokens_map.json added_tokens.json chat_template.jinja"
 read -r _ REPO PIN _ < <(awk -v n="$NAME" '$1 == n' <<< "$CHECKPOINTS")
-if [ -z "$REPO" ] && [ "$NAME" != data ]; then die 2 "no such name: $NAME. See --list"; fi
+if [[ $NAME =~ ^[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*$ && $NAME != *..* ]]; then
+    REPO=$NAME PIN=main PICKLE=""
+fi
+if [ -z "$REPO" ] && [ "$NAME" != data ]; then die 2 "no such name: $NAME. See --list, or give OWNER/NAME"; fi
 if [ "$NAME" = data ] && [ -n "$REVISION" ]; then die 2 "data is pinned by hash: it takes no revision"; fi
 command -v curl > /dev/null || die 1 "curl is not installed"
 
@@ -255,7 +257,7 @@ if [ -n "$TOKEN" ] && [ "$(curl --version | awk 'NR == 1 { split($2, v, "."); pr
 fi
 if [ -t 2 ]; then METER=--progress-bar; else METER=--silent; fi
 
-cd "$(dirname "$0")" || exit 1 # checkpoints/ and data/ stand beside this file
+cd "$HERE" || exit 1 # checkpoints/ and data/ stand beside this file
 DEST=checkpoints/$NAME
 TMP=$(mktemp -d "${TMPDIR:-/tmp}/weights.XXXXXX") || die 1 "cannot make a temporary folder"
 trap 'rm -rf "$TMP"' EXIT
@@ -293,4 +295,4 @@ while IFS=$'\t' read -r url file size hash state; do
     say "[$i/$count] $file  $(human "${size#"~"}")  $state"
     if [ -z "$DRY" ] && [ "$state" != "already there" ]; then fetch "$url" "$file" "$size" "$hash"; fi
 done < "$TMP/steps"
-if [ -z "$DRY" ]; then say "done: $DEST is complete"; fi
+if [ -z "$DRY" ]; then say "done: $DEST is complete${SHA:+, commit $SHA}"; fi

@@ -11,7 +11,8 @@ import torch
 from data import DataError, load_tokenizer
 from llama import Llama, LlamaConfig, load_llama, open_llama
 from plumbing import run_folder
-from plumbing.flags import CHECKPOINTS, FlagError, Settings, find_checkpoint
+from plumbing.checkpoints import CHECKPOINTS, name_of
+from plumbing.flags import FlagError, Settings, find_checkpoint
 from plumbing.hf_files import CheckpointError, TensorFiles
 from plumbing.peft_files import ConfigFile
 from plumbing.tokenizer_files import find_tokenizer_file
@@ -22,7 +23,11 @@ def load_base(ckpt: str, device: torch.device, dtype: torch.dtype | None) -> Lla
     folder = find_checkpoint(ckpt)
     model = load_llama(folder, device, dtype)
     refuse_not_finite(model, f"{folder}: ", "; the file is damaged: download it again")
-    model.source = ckpt if ckpt in CHECKPOINTS else str(folder)  # named in saved adapters
+    model.source = str(folder)  # named in saved adapters
+    if ckpt in CHECKPOINTS:
+        model.source = CHECKPOINTS[ckpt].hub or ckpt
+    elif "/" in ckpt and folder == Path("checkpoints") / ckpt:  # fetched by the hub's name
+        model.source = ckpt
     return model
 
 
@@ -100,7 +105,9 @@ def find_adapter(folder: str | Path, ckpt: str | None) -> tuple[Path, str]:
             raise CheckpointError(f"{folder}: {problem}; use another checkpoint of that run")
     if ckpt is None:
         ckpt = ConfigFile(folder / "adapter_config.json").text("base_model_name_or_path")
-        if ckpt is None or ckpt not in CHECKPOINTS and not Path(ckpt).is_dir():
+        ckpt = ckpt and (name_of(ckpt) or ckpt)
+        here = ckpt and (Path(ckpt).is_dir() or (Path("checkpoints") / ckpt).is_dir())
+        if ckpt is None or ckpt not in CHECKPOINTS and not here:
             raise FlagError(f"{folder} does not say where its base is; add --ckpt")
     return folder, ckpt
 

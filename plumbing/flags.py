@@ -7,10 +7,11 @@ import argparse
 import io
 import math
 import os
+import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -18,52 +19,14 @@ from safetensors import SafetensorError
 
 from data import DataError
 from plumbing import processes
+from plumbing.checkpoints import CHECKPOINTS, HERE, PAPER, Checkpoint
 from plumbing.hf_files import CheckpointError
 from plumbing.run_folder import RunError
 from rora import METHODS, SCALES, Method, NonFiniteError
 
-HERE = Path(__file__).resolve().parent.parent
-
 # --- defaults -------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """What a base model decides."""
-
-    lr: Mapping[str, float] = field(default_factory=dict)  # where it is not the method's own rate
-    loss: str = "all"
-    warmup: int = 100
-    alpha: float = 64
-    epochs: int = 3
-    val_size: int = 120
-    data: str = "data/commonsense_170k.json"
-    tests: str = "data"  # folder of <task>/test.json
-    cuda_dtype: str = "bf16"
-    cpu_dtype: str = "fp32"
-
-
-# A method's own rate (METHODS in rora.py) is the one of DoRA's and LLM-Adapters' scripts for LLaMA
-# and LLaMA-2; RoRA's, which the paper does not state, is taken to be DoRA's.
-PAPER = Checkpoint()  # also for folders that have no row
-CHECKPOINTS = {
-    "tiny": Checkpoint(
-        lr={"lora": 2e-3, "rora": 2e-3, "dora": 2e-3},
-        loss="answer",
-        warmup=10,
-        alpha=16,
-        epochs=2,
-        val_size=40,
-        data="tiny/data/train.json",
-        tests="tiny/data",
-        cuda_dtype="fp32",
-    ),
-    "llama-7b": PAPER,
-    "llama-13b": PAPER,
-    "llama2-7b": PAPER,
-    "llama3-8b": Checkpoint(lr={"rora": 1e-4, "dora": 1e-4}),  # LoRA stays at 3e-4 in the scripts
-    "sheared-llama-1.3b": PAPER,
-}
 LOSSES = ("all", "answer")
 PROMPTS = ("clean", "dora")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -155,7 +118,7 @@ def find_checkpoint(name: str) -> Path:
         if folder.is_dir():
             return folder
     hint = f"known names: {', '.join(CHECKPOINTS)}"
-    if name in CHECKPOINTS:
+    if name in CHECKPOINTS or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         hint = f"./weights_download.sh {name} fetches it"
     raise CheckpointError(f"no checkpoint folder {name} or checkpoints/{name}; {hint}")
 

@@ -12,7 +12,11 @@ from pathlib import Path
 import pytest
 from hub_server import SHA, Hub, git_blob
 
+from plumbing.checkpoints import CHECKPOINTS, PAPER, read_rows
+
 SCRIPT = Path(__file__).resolve().parents[2] / "weights_download.sh"
+TABLE = "plumbing/checkpoints.txt"  # beside it
+THERE = {SCRIPT.name, TABLE}
 TOKEN = "hf_thisMustNeverBeSeen"
 BIG = os.urandom(1 << 16)  # curl writes through a 4 KB buffer: what is killed midway must be larger
 SMALL = b'{"hidden_size": 64}\n'
@@ -24,7 +28,7 @@ MODEL = {
 }
 CLUTTER = {
     "README.md": b"-",
-    "tokenizer.json": b"{}",
+    "training_args.bin": b"-",
     "consolidated.00.pth": b"-" * 9,
     "flax_model.msgpack": b"-" * 9,
 }
@@ -35,6 +39,8 @@ NAME = "sheared-llama-1.3b"  # for what holds for every name; asked for here at 
 def home(tmp_path):
     """A folder with the script in it: checkpoints/ and data/ appear beside the script."""
     shutil.copy(SCRIPT, tmp_path)
+    (tmp_path / "plumbing").mkdir()
+    shutil.copy(SCRIPT.parent / TABLE, tmp_path / TABLE)
     (
         tmp_path / "tmp"
     ).mkdir()  # for the script's own temporary files: folder(home) shows it if they stay
@@ -85,8 +91,20 @@ def at_main(name=NAME):
 def test_the_list_names_every_checkpoint_and_asks_nobody(home):
     done = run(home, None, "--list")
     assert done.returncode == 0
-    for name in ("llama-7b", "llama-13b", "llama2-7b", "llama3-8b", "sheared-llama-1.3b", "data"):
+    for name in (*(name for name in CHECKPOINTS if name != "tiny"), "data"):
         assert re.search(rf"^{re.escape(name)} +[\d.]+ GB", done.stdout, re.M)
+
+
+def test_a_checkpoint_is_one_row_of_the_table(home):
+    """What the script fetches and what the flags default to are the same line."""
+    row = "\nnew-one  some-one/new  main  0.1\n    lr.rora=1e-5 warmup=7 loss=answer\n"
+    (home / TABLE).write_text((home / TABLE).read_text() + row)
+    new = read_rows((home / TABLE).read_text())["new-one"]
+    assert (new.hub, new.lr, new.warmup, new.loss) == ("some-one/new", {"rora": 1e-5}, 7, "answer")
+    assert new.epochs == PAPER.epochs
+    with Hub(MODEL) as hub:
+        assert run(home, hub, "new-one").returncode == 0
+    assert is_model(home, "new-one")
 
 
 WRONG = [
@@ -97,6 +115,10 @@ WRONG = [
     "llama-7b --revision",
     "data@main",
     "llama-7b@../x",
+    "../x",
+    "a/../b",
+    "a/b/c",
+    "/etc/passwd",
 ]
 
 
@@ -104,7 +126,7 @@ WRONG = [
 def test_a_wrong_command_line_is_exit_code_2_and_touches_nothing(home, arguments):
     done = subprocess.run(**command(home, None, *arguments.split()), capture_output=True)
     assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("weights_download.sh: ")
-    assert folder(home).keys() == {SCRIPT.name}
+    assert folder(home).keys() == THERE
 
 
 @pytest.mark.parametrize("indent", [None, 2])
@@ -145,17 +167,50 @@ def test_llama_3_keeps_its_tokenizer_among_metas_own_files(home):
     }
     with Hub(files | {"original/consolidated.00.pth": b"-"}) as hub:
         assert run(home, hub, at_main("llama3-8b")).returncode == 0
-    assert is_model(
-        home,
-        "llama3-8b",
-        {"config.json": SMALL, "tokenizer.model": b"ranks", "model.safetensors": BIG},
-    )
+    del files["original/tokenizer.model"]
+    assert is_model(home, "llama3-8b", files | {"tokenizer.model": b"ranks"})
+
+
+COMPANIONS = {
+    "tokenizer.json": b"{}",
+    "tokenizer_config.json": b"{}",
+    "special_tokens_map.json": b"{}",
+    "added_tokens.json": b"{}",
+    "chat_template.jinja": b"-",
+}
+OTHERS = {"config.json": SMALL, "model.safetensors": BIG} | COMPANIONS
+
+
+def test_any_repository_can_be_named_and_its_commit_is_kept_and_said(home):
+    """Of a stranger only config, tokenizer and safetensors are taken: a .bin is a pickle."""
+    with Hub(OTHERS | CLUTTER | {"pytorch_model.bin": BIG, "modeling_x.py": b"-"}) as hub:
+        done = run(home, hub, "some-one/SmolLM.2")
+        assert done.returncode == 0 and SHA in done.stdout.splitlines()[-1]
+        assert is_model(home, "some-one/SmolLM.2", OTHERS)
+        assert "/api/models/some-one/SmolLM.2/revision/main" in hub.requests[0].path
+        hub.sha = "f" * 40  # its main moves on
+        done = run(home, hub, "some-one/SmolLM.2@main")
+    assert done.returncode == 2 and f"holds commit {SHA}" in done.stderr
+
+
+def test_a_strangers_pickles_are_not_fetched(home):
+    with Hub(MODEL) as hub:
+        done = run(home, hub, "some-one/model")
+    assert done.returncode == 3 and "has no model.safetensors" in done.stderr
+    assert folder(home).keys() == THERE
+
+
+def test_a_strangers_index_may_name_safetensors_alone(home):
+    index = {"model.safetensors.index.json": b'{"weight_map": {"a": "run_me.py"}}'}
+    with Hub(MODEL | index) as hub:
+        done = run(home, hub, "some-one/model")
+    assert done.returncode == 3 and "run_me.py" in done.stderr
 
 
 def test_a_dry_run_tells_the_sizes_and_writes_nothing(home):
     with Hub(MODEL) as hub:
         done = run(home, hub, "--dry-run", at_main())
-    assert done.returncode == 0 and folder(home).keys() == {SCRIPT.name}
+    assert done.returncode == 0 and folder(home).keys() == THERE
     assert f"{len(BIG)} B" in done.stdout and "4 files" in done.stdout
     assert not hub.asked("pytorch_model.bin")
 
@@ -359,7 +414,7 @@ def test_an_unsafe_file_name_is_refused(home, name):
         hub.lfs.add(name)
         done = run(home, hub, at_main())
     assert done.returncode == 3 and "unsafe file name" in done.stderr
-    assert folder(home).keys() == {SCRIPT.name}
+    assert folder(home).keys() == THERE
 
 
 def test_a_page_that_is_not_the_hubs_answer_is_refused(home):
@@ -562,7 +617,7 @@ def test_other_data_than_the_published_is_refused(home):
     with Hub(DATA) as hub:
         done = run(home, hub, "data")
     assert done.returncode == 3 and "529e426b33d4cdb1d0c4a275a1a7245ad081fd91" in done.stderr
-    assert folder(home).keys() == {SCRIPT.name}
+    assert folder(home).keys() == THERE
 
 
 # --- the script itself ----------------------------------------------------------------------------

@@ -74,3 +74,28 @@ def test_a_git_lfs_pointer_in_place_of_weights_is_called_one(world, name, tmp_pa
     assert run(*flags(world, "r", max_steps=2, epochs=None)).code == 0
     (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
     refused(run("--merge", "r", "--out", "merged"), 3, name, "git-lfs pointer")
+
+
+def test_a_checkpoint_is_found_under_the_hubs_name_and_its_adapter_says_so(world, tmp_path):
+    (tmp_path / "checkpoints/some-one").mkdir(parents=True)
+    shutil.move(world.base, tmp_path / "checkpoints/some-one/model")
+    assert run(*flags(world, "r", ckpt="some-one/model", max_steps=2, epochs=None)).code == 0
+    config = json.loads((tmp_path / "r/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "some-one/model"
+    (tmp_path / "alone").mkdir()  # as an adapter is handed on: without its run
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copyfile(tmp_path / "r" / name, tmp_path / "alone" / name)
+    assert run("--merge", "alone", "--out", "merged").code == 0
+    absent = run(*flags(world, "s", ckpt="some-one/other"))
+    refused(absent, 3, "./weights_download.sh some-one/other fetches it")
+
+
+def test_an_adapter_of_a_named_checkpoint_carries_the_name_that_others_know(world, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    shutil.move(world.base, tmp_path / "checkpoints/smollm2-135m")
+    assert run(*flags(world, "r", ckpt="smollm2-135m", max_steps=2, epochs=None)).code == 0
+    config = json.loads((tmp_path / "r/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M"
+    for name in ("run.json", "checkpoints"):
+        shutil.move(tmp_path / "r" / name, tmp_path / f"not-{name}")
+    assert run("--merge", "r", "--out", "merged").code == 0  # found by that name too
