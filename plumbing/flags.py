@@ -124,7 +124,7 @@ def find_checkpoint(name: str) -> Path:
 
 
 def find_data(name: str) -> Path:
-    """A file or folder; what is not here may be beside rora.py, as the embedded model's data are."""
+    """A file or folder: here, or beside rora.py, as the embedded model's data are."""
     ours = HERE / name
     return ours if not Path(name).exists() and ours.exists() else Path(name)
 
