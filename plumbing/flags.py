@@ -108,6 +108,10 @@ class OutOfMemory(MemoryError):
     """Says what was being done."""
 
 
+class CompileError(RuntimeError):
+    """What torch.compile could not do here."""
+
+
 class NothingLearned(Exception):
     """An adapter that is not in the model's path, or that ends as it started."""
 
@@ -540,7 +544,7 @@ def exit_code(
         return fail(3, e)
     except NonFiniteError as e:
         return fail(4, e)
-    except NothingLearned as e:
+    except (NothingLearned, CompileError) as e:
         return fail(1, e)
     except KeyboardInterrupt:
         return fail(130, "interrupted")

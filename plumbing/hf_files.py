@@ -111,6 +111,16 @@ FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F
 WANTED = "weights must be fp16, bf16 or fp32"
 
 
+WEIGHTS = [  # one file, or the index of several
+    ("model.safetensors", "model.safetensors.index.json"),
+    ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+]
+
+
+def has_weights(folder: Path) -> bool:
+    return any((folder / name).exists() for names in WEIGHTS for name in names)
+
+
 class TensorFiles:
     """The tensors of a Hugging Face folder, by our names, read one at a time.
 
@@ -143,10 +153,7 @@ class TensorFiles:
     def _find(self) -> tuple[list[Path], set[str] | None]:
         """(weight files, names the index promises), in the order in which transformers looks for
         them."""
-        for single, index in [
-            ("model.safetensors", "model.safetensors.index.json"),
-            ("pytorch_model.bin", "pytorch_model.bin.index.json"),
-        ]:
+        for single, index in WEIGHTS:
             if (self.folder / single).exists():
                 return [self.folder / single], None
             if (self.folder / index).exists():

@@ -10,13 +10,16 @@ import shutil
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from tqdm import tqdm
 
 import fast
@@ -30,7 +33,7 @@ from data import (
     load_examples,
     split_validation,
 )
-from llama import Llama, open_llama, save_llama
+from llama import Llama, LlamaConfig, open_llama, save_llama
 from plumbing import memory, processes, refuse, run_folder
 from plumbing.finding import (
     base_identity,
@@ -47,6 +50,7 @@ from plumbing.flags import (
     HERE,
     MAY_CHANGE,
     MAY_MOVE,
+    CompileError,
     FlagError,
     OutOfMemory,
     Settings,
@@ -54,11 +58,20 @@ from plumbing.flags import (
     find_checkpoint,
     find_data,
     find_device,
+    naming_memory,
     resolve,
     training_parser,
 )
-from plumbing.hf_files import COMPANIONS, CheckpointError, read_json, save_file
+from plumbing.hf_files import (
+    COMPANIONS,
+    CheckpointError,
+    first_line,
+    has_weights,
+    read_json,
+    save_file,
+)
 from plumbing.peft_files import format_words, read_adapter, write_adapter
+from plumbing.tokenizer_files import has_tokenizer
 from plumbing.training import follow, peak_memory, team, total_steps
 from rora import METHODS, SCALES, adapter_settings, attach, load_adapter, merge, trainable
 
@@ -102,36 +115,60 @@ def prepare(settings: Settings, device: torch.device) -> tuple[Llama, list[Recor
     weights are read."""
     tokenizer = find_tokenizer(settings.ckpt)
     trial = open_llama(find_checkpoint(settings.ckpt))[0]
-    attach_as_set(trial, settings)
-    blocks, given = trial.cfg.n_layers, settings.checkpoint_blocks
-    if isinstance(given, int) and given > blocks:
-        raise FlagError(f"--checkpoint-blocks {given}: the model has {blocks} blocks")
-    records, held_out = read_records(settings, tokenizer)
+    records, held_out = read_records(settings, tokenizer, trial)
+    return load_with_adapters(settings, device), records, held_out
+
+
+def load_with_adapters(settings: Settings, device: torch.device) -> Llama:
     model = load_base(settings.ckpt, device, DTYPES[settings.dtype])
     torch.manual_seed(settings.seed)
     attach_as_set(model, settings)
     if not processes.first():  # the same adapters at the start, other dropout
         torch.manual_seed(settings.seed + processes.index())
-    return model, records, held_out
+    return model
 
 
-def read_records(settings: Settings, tokenizer) -> tuple[list[Record], list[Record]]:
-    """(training records, held-out records)."""
+def read_records(settings: Settings, tokenizer, trial: Llama) -> tuple[list[Record], list[Record]]:
+    """(training records, held-out records), once `trial`, a model on meta, has been given the
+    adapters as a test of the settings. Without a tokenizer every record counts as --max-len long.
+    """
+    attach_as_set(trial, settings)
+    blocks, given = trial.cfg.n_layers, settings.checkpoint_blocks
+    if isinstance(given, int) and given > blocks:
+        raise FlagError(f"--checkpoint-blocks {given}: the model has {blocks} blocks")
     examples = load_examples(find_data(settings.data))
-    split_validation(examples, settings.val_size)  # refuses a --val-size that is too large
+    train, _ = split_validation(examples, settings.val_size)  # refuses one that is too large
+    if min(settings.batch_size, len(train)) < processes.world():
+        raise FlagError(
+            f"{processes.world()} processes, but a batch of {settings.batch_size} of {len(train)} "
+            "records: each needs a record; see --batch-size"
+        )
+    if tokenizer is None:
+        unknown = array("i", [0] * settings.max_len)
+        records = [Record(unknown, 1, number) for number in range(1, len(examples) + 1)]
+        return split_validation(records, settings.val_size)
     many = None if len(examples) > 20_000 else True
-    records, cut, dropped = encode_records(
-        examples,
-        tokenizer,
-        settings.max_len,
-        settings.loss,
-        settings.prompt,
-        lambda x: tqdm(x, desc="tokenize", unit="record", disable=many),
-    )
+    try:
+        records, cut, dropped = encode_records(
+            examples,
+            tokenizer,
+            settings.max_len,
+            settings.loss,
+            settings.prompt,
+            lambda x: tqdm(x, desc="tokenize", unit="record", disable=many),
+        )
+    except DataError as e:
+        raise DataError(f"{settings.data}: {e}") from None
     if cut or dropped:
         print(
             f"note: {cut} records lost the start of their instruction to fit {settings.max_len} "
             f"tokens, {dropped} were dropped"
+        )
+    longest, most = max(len(r.ids) for r in records), trial.cfg.max_positions
+    if longest > most:
+        print(
+            f"note: the longest record has {longest} tokens, but this model was made for {most} "
+            "positions (max_position_embeddings); see --max-len"
         )
     return split_validation(records, settings.val_size)
 
@@ -184,7 +221,25 @@ def start(args: argparse.Namespace) -> int:
         if processes.first():
             refuse_existing(folder, args.overwrite)  # another run may have come and gone since
             clear(folder, run_json)
-        return fit(model, records, held_out, settings, folder, run_json, compiled=args.compile)
+        with leaving_nothing(folder):
+            return fit(model, records, held_out, settings, folder, run_json, compiled=args.compile)
+
+
+@contextmanager
+def leaving_nothing(folder: Path) -> Iterator[None]:
+    """A start that fails before its first step must not be in the way of the next try."""
+    try:
+        yield
+    except BaseException:
+        metrics = folder / "metrics.jsonl"
+        begun = metrics.exists() and metrics.stat().st_size > 0
+        if processes.first() and not begun and not run_folder.checkpoints(folder):
+            run_folder.remove_debris(folder)
+            for name in ("run.json", "metrics.jsonl", ".lock"):
+                (folder / name).unlink(missing_ok=True)
+            if not any(folder.iterdir()):
+                folder.rmdir()
+        raise
 
 
 def clear(folder: Path, run_json: dict) -> None:
@@ -293,10 +348,10 @@ def refuse_without_checkpoint(folder: Path, complaints: list[str]) -> None:
 
 
 def plan_memory(
-    model: Llama, records: list[Record], settings: Settings
+    model: Llama, records: list[Record], settings: Settings, loaded: bool = True
 ) -> tuple[memory.MemoryPlan, list[Record], int]:
     """(what the largest micro-batch of the run takes, that micro-batch, how many blocks to
-    recompute)."""
+    recompute). loaded: whether the model's weights are in memory already."""
     per_epoch = math.ceil(len(records) / settings.batch_size)
     largest = memory.largest_micro_batch(
         records,
@@ -307,18 +362,18 @@ def plan_memory(
     )
     device = model.lm_head.weight.device
     model.train()  # dropout keeps its masks
-    with fast.held(model), torch.random.fork_rng():  # the run's own random numbers stay undrawn
+    # the first block stands for all; the run's own random numbers stay undrawn
+    with fast.held(model.layers[0]), torch.random.fork_rng():
         plan = memory.plan(model, collate(largest), fast.logit_bytes(device))
     # a CPU's allocator leaves gaps between tensors: a third of a process, measured
     share = 0.6 if device.type == "cpu" else 0.92
-    room = int(share * (memory.available(device) + plan.weights))
+    room = int(share * (memory.available(device) + plan.weights * loaded))
     names = {"none": 0, "all": plan.blocks, "auto": plan.fewest_recomputed(room)}
     recomputed = names.get(settings.checkpoint_blocks, settings.checkpoint_blocks)
     return plan, largest, recomputed
 
 
-def memory_line(plan: memory.MemoryPlan, recomputed: int, model: Llama) -> str:
-    free = memory.available(model.lm_head.weight.device) + plan.weights
+def memory_line(plan: memory.MemoryPlan, recomputed: int, free: int) -> str:
     plural = "" if recomputed == 1 else "s"
     return (
         f"memory: about {plan.total(recomputed) / 1e9:.1f} GB ({plan.parts(recomputed)}) of "
@@ -361,15 +416,20 @@ def fit(
     if compiled:
         for layer in model.layers:
             layer.compile(dynamic=True)  # one compilation for all lengths
-    if recomputed or model.lm_head.weight.is_cuda:
-        print(memory_line(plan, recomputed, model), flush=True)
+    free = memory.available(model.lm_head.weight.device) + plan.weights
+    if recomputed or model.lm_head.weight.is_cuda or plan.total(recomputed) > free:
+        print(memory_line(plan, recomputed, free), flush=True)
     try:
         state = follow(model, records, held_out, settings, recomputed, folder, run_json, newest)
     except run_folder.Stopped as e:
         print(f"stopped; to go on: {command()} --resume {shlex.quote(str(folder))}")
         return e.code
     except OutOfMemory as e:
-        raise OutOfMemory(f"{e}; {memory_line(plan, recomputed, model)}") from None
+        raise OutOfMemory(f"{e}; {memory_line(plan, recomputed, free)}") from None
+    except RuntimeError as e:
+        if compiled and type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise CompileError(f"--compile failed ({first_line(e)}); leave it out") from None
+        raise
     end = {key: state[key] for key in ("best_step", "best_loss")}
     run_json |= {**end, "finished": True, "seconds": state["seconds"]}
     if processes.first():
@@ -395,20 +455,41 @@ def command() -> str:
 
 
 def check(args: argparse.Namespace) -> int:
-    """What a run would be, before hours are spent on it: the plan, then the longest micro-batch and
-    three steps for real."""
+    """What a run would be, before hours are spent on it: the plan, made on one block and from
+    config.json alone; then, if it fits and the weights are there, the longest micro-batch and three
+    steps for real."""
     settings, device = resolve(args)
     idle = peak_memory(device)  # on a CPU: what Python and torch take by themselves
-    model, records, held_out = prepare(settings, device)
+    folder = find_checkpoint(settings.ckpt)
+    weights, tokenizer = has_weights(folder), None
+    if has_tokenizer(folder):
+        tokenizer = find_tokenizer(settings.ckpt)
+    else:
+        print(f"note: {folder} has no tokenizer: records count as {settings.max_len} tokens each")
+    with torch.device("meta"):
+        trial = open_llama(folder)[0] if weights else Llama(LlamaConfig.from_json(folder / CONFIG))
+    records, held_out = read_records(settings, tokenizer, trial)
+    print(start_line(trial, label(settings)))
     steps, tokens = total_steps(records, settings), sum(len(r.ids) for r in records)
-    plan, largest, recomputed = plan_memory(model, records, settings)
-    print(start_line(model, label(settings)))
     print(
         f"{len(records):,} records, {len(held_out)} held out · {tokens:,} tokens an epoch, "
         f"{max(len(r.ids) for r in records)} at most in a record · "
         f"{schedule_words(settings, steps)} · {settings.dtype} on {device}"
     )
-    print(memory_line(plan, recomputed, model), flush=True)
+    free = memory.available(device)
+    with naming_memory("making one block to plan with"):
+        sample = skeleton(trial.cfg, settings, device)
+        plan, largest, recomputed = plan_memory(sample, records, settings, loaded=False)
+    print(memory_line(plan, recomputed, free), flush=True)
+    if plan.total(recomputed) > free:
+        raise OutOfMemory(
+            f"this run takes about {plan.total(recomputed) / 1e9:.1f} GB of {free / 1e9:.1f} GB"
+        )
+    if not weights:
+        print(f"{folder} has no weights: planned from {CONFIG} alone, nothing was measured")
+        return 0
+    del sample
+    model = load_with_adapters(settings, device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     order = epoch_order(len(records), settings.seed, 0)
@@ -427,6 +508,23 @@ def check(args: argparse.Namespace) -> int:
         f"about {long}, validation and saving not counted"
     )
     return 0
+
+
+CONFIG = "config.json"
+
+
+def skeleton(cfg: LlamaConfig, settings: Settings, device: torch.device) -> Llama:
+    """A model of which all but one block is without memory, to plan with."""
+    with torch.device("meta"):
+        model = Llama(cfg).to(DTYPES[settings.dtype])
+    attach_as_set(model, settings)
+    for part in (model.embed_tokens, model.layers[0], model.norm, model.lm_head):
+        part.to_empty(device=device)
+        for p in part.parameters():
+            nn.init.normal_(p, 0.0, 0.02)
+    if cfg.tie_embeddings:
+        model.lm_head.weight = model.embed_tokens.weight
+    return model
 
 
 def measure(

@@ -6,7 +6,8 @@ This file knows modules and bytes. It knows no methods.
 
 import os
 import re
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -125,14 +126,62 @@ def plan(model: Llama, batch: Batch, logit_bytes: int) -> MemoryPlan:
     )
 
 
-def available(device: torch.device) -> int:
-    """Bytes that this process may still take."""
+def available(device: torch.device, root: Path = Path("/")) -> int:
+    """Bytes that this process may still take. root: where /proc and /sys are."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return max(0, min(free_memory(root), *container_limits(root), address_space_left(root)))
+
+
+def free_memory(root: Path) -> int:
     try:  # Linux says what could be had if the page cache gave way
-        return 1024 * int(
-            re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())[1]
-        )
+        text = (root / "proc/meminfo").read_text()
+        return 1024 * int(re.search(r"MemAvailable:\s+(\d+) kB", text)[1])
     except (OSError, TypeError):
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def container_limits(root: Path) -> Iterator[int]:
+    """What the control groups of this process leave it: version 2, where each group bounds those
+    below it, and version 1."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    mount = root / "sys/fs/cgroup"
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            home, names = mount, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            home = mount / "memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        group = home / path.strip("/")
+        for folder in [group, *group.parents]:
+            if folder.is_relative_to(home) and (left := group_leaves(folder, *names)) is not None:
+                yield left
+
+
+def group_leaves(folder: Path, limit: str, usage: str, cache: str) -> int | None:
+    """None where the group has no limit; a container often sees its own group alone, as the root."""
+    try:
+        most, used = (folder / limit).read_text().strip(), int((folder / usage).read_text())
+        found = re.search(rf"^{cache} (\d+)", (folder / "memory.stat").read_text(), re.M)
+    except (OSError, ValueError):
+        return None
+    return None if most == "max" else int(most) - used + int(found[1] if found else 0)
+
+
+def address_space_left(root: Path) -> int:
+    """What `ulimit -v` leaves."""
+    most = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if most == resource.RLIM_INFINITY:
+        return 2**63
+    try:
+        pages = int((root / "proc/self/statm").read_text().split()[0])
+    except (OSError, ValueError):
+        pages = 0
+    return most - pages * os.sysconf("SC_PAGE_SIZE")

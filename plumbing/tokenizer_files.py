@@ -29,6 +29,10 @@ class BPE(NamedTuple):
     vocab_size: int
 
 
+def has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).exists() for name in TOKENIZER_FILES)
+
+
 def find_tokenizer_file(path: Path) -> Path:
     """The tokenizer of a folder, or `path` itself where it is a file. Raises CheckpointError."""
     if path.is_dir():
