@@ -286,15 +286,16 @@ def offered_answers(example: dict) -> set[str]:
 
 
 def load_examples(path: str | Path, task: str | None = None) -> list[dict]:
-    """Read and check a JSON list of records. Raises DataError naming file, record and field.
+    """Read and check records: a JSON list, or JSON Lines. Raises DataError naming file, record and
+    field.
 
-    task: a key of TASKS; each record's answer must then be legal for it.
+    task: a key of TASKS, for questions to be judged: each record then needs an answer that is legal
+    for it, and no output.
     """
     path = Path(path)
     try:
-        examples = json.loads(
-            path.read_bytes().decode().removeprefix("\ufeff")
-        )  # "utf-8-sig" would count bytes from behind the BOM
+        # "utf-8-sig" would count bytes from behind the BOM
+        text = path.read_bytes().decode().removeprefix("\ufeff")
     except FileNotFoundError:
         raise DataError(
             f"{path}: no such file; ./weights_download.sh data fetches the paper's records"
@@ -303,10 +304,9 @@ def load_examples(path: str | Path, task: str | None = None) -> list[dict]:
         raise DataError(f"{path}: {e.strerror}") from None
     except UnicodeDecodeError as e:
         raise DataError(f"{path}: not UTF-8 at byte {e.start}") from None
-    except (ValueError, RecursionError) as e:
-        raise DataError(f"{path}: not valid JSON ({e})") from None
+    examples = parse_lines(path, text) if text.lstrip().startswith("{") else parse(path, text)
     if not isinstance(examples, list) or not examples:
-        raise DataError(f"{path}: expected a non-empty JSON list of records")
+        raise DataError(f"{path}: expected a non-empty JSON list of records, or JSON Lines")
     for number, example in enumerate(examples, 1):
         problem = _problem(example, task)
         if problem:
@@ -314,21 +314,38 @@ def load_examples(path: str | Path, task: str | None = None) -> list[dict]:
     return examples
 
 
+def parse(where: object, text: str) -> object:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise DataError(f"{where}: not valid JSON ({e})") from None
+
+
+def parse_lines(path: Path, text: str) -> list:
+    """JSON Lines: an object a line."""
+    lines = enumerate(text.split("\n"), 1)  # a string may hold what splitlines() takes for an end
+    return [parse(f"{path}: line {number}", line) for number, line in lines if line.strip()]
+
+
 def _problem(example: object, task: str | None) -> str | None:
     if not isinstance(example, dict):
         return f"expected an object, found {type(example).__name__}"
+    needed = ("instruction", "answer") if task else ("instruction", "output")
     for field in ("instruction", "output", "answer", "input"):
-        value = example.get(field, "" if field == "input" else None)
-        if value is None and field not in example:
+        value = example.get(field)
+        if field in needed and field not in example:
             return f'no "{field}"'
+        if value is None and field not in needed:
+            continue
         if not isinstance(value, str):
             return f'"{field}" is {type(value).__name__}, expected text'
-        if field != "input" and not value.strip():
+        if field in needed and not value.strip():
             return f'"{field}" is empty'
         if re.search("[\ud800-\udfff]", value):
             return f'"{field}" holds half of a surrogate pair, which no tokenizer can encode'
     if task and not re.fullmatch(TASKS[task].answers, example["answer"]):
-        return f'"answer" is {example["answer"]!r}, which is not legal for {task} ({TASKS[task].answers})'
+        legal = TASKS[task].answers
+        return f'"answer" is {example["answer"]!r}, which is not legal for {task} ({legal})'
     return None
 
 
@@ -356,17 +373,18 @@ def encode_record(
     when it answers.
 
     The answer is never cut: a record that is too long loses tokens from the left of its
-    instruction, and is dropped (None) if that is not enough. Raises DataError where the prompt's
-    ids are not a prefix of the whole's: a split between prompt and answer would then be a lie.
+    instruction, and is dropped (None) if that is not enough. Raises DataError where the answer
+    alone is to be learned and the prompt's ids are not a prefix of the whole's: no split between
+    prompt and answer would be true.
     """
     head, rest = _prompt_parts(example, style, training=True)
     prompt = head + example["instruction"] + rest
     ids = tokenizer.encode(prompt + example["output"], bos=True, eos=True)
     prompt_ids = tokenizer.encode(prompt, bos=True, eos=False)
-    if ids[: len(prompt_ids)] != prompt_ids and style == "clean":
+    if loss == "answer" and style == "clean" and ids[: len(prompt_ids)] != prompt_ids:
         raise DataError(
-            f"record {number}: the tokens of the prompt are not a prefix of the tokens of prompt "
-            "and output"
+            f"record {number}: its output begins with {example['output'][:8]!r}, which makes a "
+            "token with the prompt's end: begin it with a letter, or learn all (--loss all)"
         )
     cut = max(0, len(ids) - max_len)
     split = len(prompt_ids)

@@ -21,6 +21,7 @@ from data import DataError
 from plumbing import processes
 from plumbing.checkpoints import CHECKPOINTS, HERE, PAPER, Checkpoint
 from plumbing.hf_files import CheckpointError
+from plumbing.peft_files import MOST_ALPHA
 from plumbing.run_folder import RunError
 from rora import METHODS, SCALES, Method, NonFiniteError
 
@@ -64,6 +65,12 @@ class Settings:
     dtype: str
     micro_batch_size: int  # these two change memory and time, not the result beyond rounding
     checkpoint_blocks: int | str  # all, none, auto, or how many from the first on
+
+    @property
+    def label(self) -> str:
+        """The method's name in folders and tables: dora-sqrt is DoRA with RoRA's scale."""
+        usual = self.scale in (None, METHODS[self.method].layer.scale)
+        return self.method if usual else f"{self.method}-{self.scale}"
 
     @classmethod
     def from_json(cls, saved: dict) -> "Settings":
@@ -127,6 +134,12 @@ def find_checkpoint(name: str) -> Path:
     raise CheckpointError(f"no checkpoint folder {name} or checkpoints/{name}; {hint}")
 
 
+def short_name(ckpt: str) -> str:
+    """A checkpoint's name in folders: its folder's, also where that is called "." or ".."."""
+    name = Path(ckpt).name
+    return Path(ckpt).resolve().name if name in ("", "..") else name
+
+
 def find_data(name: str) -> Path:
     """A file or folder: here, or beside rora.py, as the embedded model's data are."""
     ours = HERE / name
@@ -136,7 +149,7 @@ def find_data(name: str) -> Path:
 def row_of(ckpt: str) -> Checkpoint:
     """The checkpoint's row in the table, also where it is named by its folder; the paper's
     defaults for any other."""
-    name = Path(ckpt).name
+    name = short_name(ckpt)
     known = name in CHECKPOINTS and (
         ckpt == name or Path(ckpt).resolve() in (find_checkpoint(name).resolve(), HERE / name)
     )
@@ -270,7 +283,7 @@ def add_method_flags(group) -> None:
     )
     group.add_argument(
         "--alpha",
-        type=positive,
+        type=at_least(math.nextafter(0, 1), float, below=MOST_ALPHA),
         metavar="X",
         help=f"numerator of the scale (default {PAPER.alpha:g}; tiny {tiny.alpha:g})",
     )

@@ -4,6 +4,7 @@
 import argparse
 import json
 import math
+import os
 import platform
 import shlex
 import shutil
@@ -60,6 +61,7 @@ from plumbing.flags import (
     find_device,
     naming_memory,
     resolve,
+    short_name,
     training_parser,
 )
 from plumbing.hf_files import (
@@ -70,7 +72,7 @@ from plumbing.hf_files import (
     read_json,
     save_file,
 )
-from plumbing.peft_files import format_words, read_adapter, write_adapter
+from plumbing.peft_files import MOST_ALPHA, format_words, read_adapter, write_adapter
 from plumbing.tokenizer_files import has_tokenizer
 from plumbing.training import follow, peak_memory, team, total_steps
 from rora import METHODS, SCALES, adapter_settings, attach, load_adapter, merge, trainable
@@ -136,7 +138,10 @@ def read_records(settings: Settings, tokenizer, trial: Llama) -> tuple[list[Reco
     blocks, given = trial.cfg.n_layers, settings.checkpoint_blocks
     if isinstance(given, int) and given > blocks:
         raise FlagError(f"--checkpoint-blocks {given}: the model has {blocks} blocks")
-    examples = load_examples(find_data(settings.data))
+    path = find_data(settings.data)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise DataError(f"{path} can be read only once, and --resume reads it again: give a file")
+    examples = load_examples(path)
     train, _ = split_validation(examples, settings.val_size)  # refuses one that is too large
     if min(settings.batch_size, len(train)) < processes.world():
         raise FlagError(
@@ -173,18 +178,8 @@ def read_records(settings: Settings, tokenizer, trial: Llama) -> tuple[list[Reco
     return split_validation(records, settings.val_size)
 
 
-def label(settings: Settings) -> str:
-    """The method's name in folders and tables: dora-sqrt is DoRA with RoRA's scale."""
-    usual = settings.scale in (None, METHODS[settings.method].layer.scale)
-    return settings.method if usual else f"{settings.method}-{settings.scale}"
-
-
 def facts(settings: Settings, model: Llama) -> dict:
     """What run.json says beside the settings: enough to know later what made the numbers."""
-    commit = None
-    if shutil.which("git"):
-        command = ["git", "-C", str(HERE), "rev-parse", "HEAD"]
-        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
     return {
         "effective_scale": adapter_settings(model).scaling,
         "device": str(model.lm_head.weight.device),
@@ -195,8 +190,27 @@ def facts(settings: Settings, model: Llama) -> dict:
         "data_sha256": run_folder.sha256(find_data(settings.data)),
         "python": platform.python_version(),
         "packages": {p: version(p) for p in ("torch", "safetensors", "sentencepiece", "tqdm")},
-        "commit": commit,
+        **source(),
     }
+
+
+def source(home: Path = HERE) -> dict:
+    """The commit of this project's own repository, and whether the tree is another than its. Not of
+    a repository that merely contains the project, nor of one that the environment names."""
+    unknown = {"commit": None, "changed": None}
+    if not shutil.which("git"):
+        return unknown
+    own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+
+    def git(*words: str) -> str | None:
+        command = ["git", "-C", str(home), *words]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=own)
+        return None if done.returncode else done.stdout.strip()
+
+    top, commit = git("rev-parse", "--show-toplevel"), git("rev-parse", "HEAD")
+    if top is None or commit is None or Path(top).resolve() != home.resolve():
+        return unknown
+    return {"commit": commit, "changed": bool(git("status", "--porcelain", "--untracked-files=no"))}
 
 
 # --- a run ----------------------------------------------------------------------------------------
@@ -205,7 +219,7 @@ def facts(settings: Settings, model: Llama) -> dict:
 def start(args: argparse.Namespace) -> int:
     """Train from the beginning."""
     settings, device = resolve(args)
-    name = f"{Path(settings.ckpt).name}-{label(settings)}-r{settings.rank}-s{settings.seed}"
+    name = f"{short_name(settings.ckpt)}-{settings.label}-r{settings.rank}-s{settings.seed}"
     folder = Path(args.out or f"runs/{name}")
     run_folder.check_writable(folder)
     refuse_existing(folder, args.overwrite)
@@ -214,6 +228,7 @@ def start(args: argparse.Namespace) -> int:
     run_json = {
         "settings": asdict(settings),
         **facts(settings, model),
+        "steps": total_steps(records, settings),
         "best_step": None,
         "finished": False,
     }
@@ -282,7 +297,8 @@ def resume(args: argparse.Namespace) -> int:
             run_folder.remove_debris(folder / "checkpoints")
         newest, complaints = run_folder.newest_intact(folder)
         if run_json["finished"]:
-            print(f"{folder} is finished; to score it: python eval.py {folder}")
+            score = f"{command('eval.py')} {shlex.quote(str(folder))}"
+            print(f"{folder} is finished; to score it: {score}")
             return 0
         if newest is None:
             refuse_without_checkpoint(folder, complaints)
@@ -336,7 +352,7 @@ def refuse_other_team(folder: Path, trained_by: int) -> None:
     if trained_by != processes.world():
         raise FlagError(
             f"{folder} was trained by {trained_by} processes, this is {processes.world()}: their "
-            f"shares would differ; torchrun --nproc_per_node={trained_by} rora.py --resume {folder}"
+            f"shares would differ; {command(together=trained_by)} --resume {folder}"
         )
 
 
@@ -399,7 +415,7 @@ def fit(
 ) -> int:
     """Say what will be done, do it, say what came of it."""
     steps = total_steps(records, settings)
-    print(start_line(model, label(settings)))
+    print(start_line(model, settings.label))
     learned = "all tokens" if settings.loss == "all" else "the answer"
     print(
         f"{settings.ckpt} · {len(records):,} records, {len(held_out)} held out · "
@@ -422,7 +438,8 @@ def fit(
     try:
         state = follow(model, records, held_out, settings, recomputed, folder, run_json, newest)
     except run_folder.Stopped as e:
-        print(f"stopped; to go on: {command()} --resume {shlex.quote(str(folder))}")
+        again = command(together=processes.world())
+        print(f"stopped; to go on: {again} --resume {shlex.quote(str(folder))}")
         return e.code
     except OutOfMemory as e:
         raise OutOfMemory(f"{e}; {memory_line(plan, recomputed, free)}") from None
@@ -439,16 +456,19 @@ def fit(
         which = f"best validation loss {state['best_loss']:.4f} at step {state['best_step']}"
     print(
         f"saved {folder}: the adapter with the {which}, {state['seconds']:.0f} s\n"
-        f"to score it: python eval.py {shlex.quote(str(folder))}"
+        f"to score it: {command('eval.py')} {shlex.quote(str(folder))}"
     )
     return 0
 
 
-def command() -> str:
-    """How this program was started, for hints."""
-    if processes.world() == 1:
-        return "python rora.py"
-    return f"torchrun --nproc_per_node={processes.world()} rora.py"
+def command(program: str = "rora.py", together: int = 1) -> str:
+    """How to start a program again: with the interpreter in use, which may not be `python`."""
+    python = sys.executable or "python"
+    if (found := shutil.which("python")) and os.path.samefile(found, python):
+        python = "python"
+    place = Path(program) if Path(program).resolve() == HERE / program else HERE / program
+    many = f"-m torch.distributed.run --nproc_per_node={together} " if together > 1 else ""
+    return f"{shlex.quote(python)} {many}{shlex.quote(str(place))}"
 
 
 # --- in place of a run ----------------------------------------------------------------------------
@@ -469,7 +489,7 @@ def check(args: argparse.Namespace) -> int:
     with torch.device("meta"):
         trial = open_llama(folder)[0] if weights else Llama(LlamaConfig.from_json(folder / CONFIG))
     records, held_out = read_records(settings, tokenizer, trial)
-    print(start_line(trial, label(settings)))
+    print(start_line(trial, settings.label))
     steps, tokens = total_steps(records, settings), sum(len(r.ids) for r in records)
     print(
         f"{len(records):,} records, {len(held_out)} held out · {tokens:,} tokens an epoch, "
@@ -604,6 +624,8 @@ def export_plain(folder: Path, out: Path) -> int:
     if {name.rpartition(".")[2] for name in tensors} - {"lora_A", "lora_B", "magnitude"}:
         raise FlagError(f"{settings.method} is not LoRA with another scale: nothing to export")
     s = SCALES[settings.scale](settings.alpha, settings.rank)
+    if s * settings.rank >= MOST_ALPHA:
+        raise FlagError(f"lora_alpha would be {s * settings.rank:g}, beyond {MOST_ALPHA:g}")
     with run_folder.new_folder(out) as temporary:
         write_adapter(temporary, replace(settings, scaling=s), tensors, plain_scale=True)
     alpha = f"lora_alpha {s * settings.rank:g} and use_rslora false"
@@ -637,7 +659,7 @@ def trace(args: argparse.Namespace) -> int:
             {"settings": json.dumps(asdict(adapter_settings(model)))},
         )
     loss = tensors["loss"].item()
-    print(start_line(model, label(settings)))
+    print(start_line(model, settings.label))
     print(f"saved {out}: {len(tensors)} tensors, loss {loss:.6f}")
     return 0
 

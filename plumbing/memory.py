@@ -166,7 +166,7 @@ def container_limits(root: Path) -> Iterator[int]:
 
 
 def group_leaves(folder: Path, limit: str, usage: str, cache: str) -> int | None:
-    """None where the group has no limit; a container often sees its own group alone, as the root."""
+    """None where the group has no limit; a container often sees its own group alone, as root."""
     try:
         most, used = (folder / limit).read_text().strip(), int((folder / usage).read_text())
         found = re.search(rf"^{cache} (\d+)", (folder / "memory.stat").read_text(), re.M)

@@ -49,6 +49,7 @@ class AdapterSettings:
         return self.method, self.rank, self.alpha, self.dropout, self.targets, self.scale
 
 
+MOST_ALPHA = 1e9  # of an alpha that is set, written or read, and of any other number in a config
 OWN = "RORA_"  # begins a peft_type of ours
 FORMATS: dict[str, dict] = {  # what a config says beside the numbers
     "lora": {"peft_type": "LORA"},
@@ -272,7 +273,7 @@ class ConfigFile:
     def number(self, key: str, kind: type, least: float, default: float | None = None):
         value = self.values.get(key, default)
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not least <= value < 1e9 or kind(value) != value:
+        if not number or not least <= value < MOST_ALPHA or kind(value) != value:
             raise self.bad(f'"{key}" is {value!r}')
         return kind(value)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from plumbing.hf_files import CheckpointError, some
-from plumbing.peft_files import adapter_file
+from plumbing.peft_files import MOST_ALPHA, adapter_file
 
 
 class NonFiniteError(ValueError):
@@ -28,8 +28,8 @@ def bad_settings(methods: Mapping, scales: Mapping, method, rank, alpha, targets
         named = [name for name, other in methods.items() if other.layer.scale == scale]
         advice = f"; method {named[0]} has it by name" if row.layer.scale and named else ""
         raise ValueError(f"method {method} does not take scale {scale}{advice}")
-    if row.layer.scale and not (alpha and alpha > 0):
-        raise ValueError(f"alpha must be positive, got {alpha}")
+    if row.layer.scale and not (alpha and 0 < alpha < MOST_ALPHA):
+        raise ValueError(f"alpha must be positive and below {MOST_ALPHA:g}, got {alpha}")
     if targets and not row.layer.any_target and set(targets) != set(row.layer.targets):
         raise ValueError(
             f"{method} sits on {some(row.layer.targets)} alone, not on {some(targets)}"

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -37,15 +38,19 @@ from plumbing.finding import (
 )
 from plumbing.flags import (
     DTYPES,
+    PROMPTS,
     FlagError,
     Parser,
+    Settings,
     at_least,
     exit_code,
+    find_checkpoint,
     find_data,
     find_device,
     find_dtype,
     naming_memory,
     row_of,
+    short_name,
 )
 from plumbing.hf_files import CheckpointError, read_json
 from plumbing.peft_files import adapter_file
@@ -54,7 +59,7 @@ from rora import load_adapter, loss_sum, merge
 NEW_TOKENS = Task("").new_tokens
 DECODE = f"greedy, {NEW_TOKENS} new tokens"  # a task with another number says so in its row
 
-# --- answers ---------------------------------------------------------------------------------------
+# --- answers --------------------------------------------------------------------------------------
 
 
 def answer_questions(
@@ -67,55 +72,76 @@ def answer_questions(
     style: str,
     stop: list[int],
 ) -> None:
-    """Generate what `file` does not hold yet, a line a question: {"number", "prompt_tokens", "generation"}.
+    """Generate what `file` does not hold yet, a line a question: {"number", "prompt_tokens",
+    "generation"}.
 
-    Longest prompts first, so that rows of a batch are nearly equal and a lack of memory shows at once. Raises
-    run_folder.Stopped after the batch in which a signal came; finished lines stay.
+    Longest prompts first, so that rows of a batch are nearly equal and a lack of memory shows at
+    once. Raises run_folder.Stopped after the batch in which a signal came; finished lines stay.
     """
     prompts = {i: judge.encode_question(e, tokenizer, style) for i, e in enumerate(examples)}
-    batch_size = batch_size or fitting_batch(model, max(map(len, prompts.values())))
+    longest = max(map(len, prompts.values()))
+    if longest + TASKS[task].new_tokens > model.cfg.max_positions:
+        print(
+            f"note: the longest question of {task} has {longest} tokens; with its answer that is "
+            f"beyond the {model.cfg.max_positions} positions that this model was made for"
+        )
+    batch_size = batch_size or fitting_batch(model, longest)
     done = read_generations(file)
     processes.wait()  # all have read the file before the first writes on
     todo = sorted(prompts.keys() - done.keys(), key=lambda i: (-len(prompts[i]), i))
-    with (
-        file.open("a", encoding="utf-8") as lines,
-        tqdm(
-            total=len(examples),
-            initial=len(examples) - len(todo),
-            desc=task,
-            unit="question",
-            disable=None if processes.first() else True,
-        ) as bar,
-    ):
-        for start in range(0, len(todo), batch_size * processes.world()):
-            batch = processes.share(todo[start : start + batch_size * processes.world()])
-            size = len(batch) * question_bytes(
-                model, max((len(prompts[i]) for i in batch), default=0)
-            )
-            with naming_memory(
-                f"answering {len(batch)} questions of {task} at once, estimated at {size / 1e9:.2f} GB beside the model"
-            ):
-                answers = generate(
-                    model, [prompts[i] for i in batch], TASKS[task].new_tokens, tokenizer.eos
-                )
-            rows = [
-                {
-                    "number": i + 1,
-                    "prompt_tokens": len(prompts[i]),
-                    "generation": tokenizer.decode(ids),
-                }
-                for i, ids in zip(batch, answers)
-            ]
-            for row in [row for part in processes.gathered(rows) or () for row in part]:
-                lines.write(json.dumps(row) + "\n")
-                bar.update()
+    together = batch_size * processes.world()
+    progress = Progress(task, len(examples), len(todo))
+    with file.open("a", encoding="utf-8") as lines, progress.bar:
+        for start in range(0, len(todo), together):
+            batch = processes.share(todo[start : start + together])
+            answers = answer_batch(model, task, [prompts[i] for i in batch], tokenizer.eos)
+            rows = []
+            for i, ids in zip(batch, answers):
+                said = tokenizer.decode(ids)
+                rows.append({"number": i + 1, "prompt_tokens": len(prompts[i]), "generation": said})
+            for part in processes.gathered(rows) or ():
+                for row in part:
+                    lines.write(json.dumps(row) + "\n")
+                progress.update(len(part))
             lines.flush()
             if processes.anyone(bool(stop), model.lm_head.weight.device):
                 raise run_folder.Stopped(stop[0] if stop else 143)
 
 
+def answer_batch(model: Llama, task: str, prompts: list[list[int]], eos: int) -> list[list[int]]:
+    size = len(prompts) * question_bytes(model, max(map(len, prompts), default=0))
+    doing = f"answering {len(prompts)} questions of {task} at once"
+    with naming_memory(f"{doing}, estimated at {size / 1e9:.2f} GB beside the model"):
+        return generate(model, prompts, TASKS[task].new_tokens, eos)
+
+
+class Progress:
+    """A bar; where nobody watches one, a line a minute, with the time to go."""
+
+    def __init__(self, task: str, number: int, todo: int):
+        self.task, self.number, self.todo, self.done = task, number, todo, 0
+        self.began = self.last = time.monotonic()
+        none = None if processes.first() else True
+        already = number - todo
+        self.bar = tqdm(total=number, initial=already, desc=task, unit="question", disable=none)
+
+    def update(self, answered: int) -> None:
+        self.done += answered
+        self.bar.update(answered)
+        now = time.monotonic()
+        if self.bar.disable and self.done and now - self.last >= EVERY:
+            self.last = now
+            minutes = (self.todo - self.done) / self.done * (now - self.began) / 60
+            answers = f"{self.number - self.todo + self.done} of {self.number} answers"
+            print(f"{self.task}: {answers}, {minutes:.0f} min to go", flush=True)
+
+
+EVERY = 60  # seconds between two lines
+
+
 def question_bytes(model: Llama, longest: int) -> int:
-    """What one question takes: its cache, and the widest activations of the pass that fills it; fp32 at worst."""
+    """What one question takes: its cache, and the widest activations of the pass that fills it;
+    fp32 at worst."""
     cfg = model.cfg
     cache = 2 * cfg.n_layers * cfg.n_kv_heads * cfg.head_dim * (longest + NEW_TOKENS)
     return 4 * (cache + longest * (3 * cfg.hidden_dim + 6 * cfg.dim))
@@ -124,87 +150,129 @@ def question_bytes(model: Llama, longest: int) -> int:
 def fitting_batch(model: Llama, longest: int) -> int:
     """How many questions fit into half of the free memory."""
     weight = model.embed_tokens.weight
-    return max(
-        1,
-        min(
-            512 if weight.is_cuda else 64,
-            memory.available(weight.device) // 2 // question_bytes(model, longest),
-        ),
-    )
+    most = 512 if weight.is_cuda else 64
+    room = memory.available(weight.device) // 2
+    return max(1, min(most, room // question_bytes(model, longest)))
 
 
 def read_generations(file: Path) -> dict[int, str]:
     """{index in the test file: text}. Drops from the file a last line that a crash cut short."""
+    found: dict[int, str] = {}
     if not file.exists():
-        return {}
-    lines, found = file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True), {}
-    for line in lines:
+        return found
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    for n, line in enumerate(lines):
         try:
-            row = json.loads(
-                line if line.endswith("\n") else ""
-            )  # the next answer would be written on behind it
+            # without its end, the next answer would be written on behind it
+            row = json.loads(line if line.endswith("\n") else "")
             found[row["number"] - 1] = row["generation"]
         except (ValueError, KeyError, TypeError, RecursionError):
             if processes.first():
-                run_folder.write_text(file, "".join(lines[: lines.index(line)]))
+                run_folder.write_text(file, "".join(lines[:n]))
             break
     return found
 
 
-# --- tables ----------------------------------------------------------------------------------------
+# --- tables ---------------------------------------------------------------------------------------
+
+COLUMNS = ("run", "method", "rank", "α", "s", "lr", "seed", "steps", "n")
 
 
 def run_table(folders: list[Path]) -> str:
-    """Markdown, a line a run; a dash where nothing was scored."""
+    """Markdown, a line per run; a dash where nothing was scored, or of something else."""
+    numbers = len(COLUMNS) - 2 + len(TASKS) + 1
     lines = [
-        "| run | method | rank | seed | n | " + " | ".join(TASKS) + " | mean |",
-        "|---|---|--:|--:|--:|" + "--:|" * (len(TASKS) + 1),
+        "| " + " | ".join([*COLUMNS, *TASKS, "mean"]) + " |",
+        "|---|---|" + "--:|" * numbers,
     ]
     for folder in folders:
-        path = folder / "eval" / "results.json"
-        if not path.is_file():
+        if not (folder / "eval" / "results.json").is_file():
             print(f"note: {folder} has not been scored", file=sys.stderr)
             continue
-        results = read_json(path)
-        s = read_run(folder)["settings"] if (folder / "run.json").is_file() else {}
-        try:
-            method = "base" if results["adapter_sha256"] is None else s.get("method", "–")
-            cells = [
-                f"{results['tasks'][t]['accuracy']:.1f}" if t in results["tasks"] else "–"
-                for t in TASKS
-            ]
-            mean = "–" if results["mean"] is None else f"{results['mean']:.1f}"
-            n = sum(r["n"] for r in results["tasks"].values())
-        except (KeyError, TypeError, ValueError, AttributeError):
-            raise CheckpointError(
-                f"{path}: not as eval.py wrote it; python eval.py {folder} makes it again"
-            ) from None
-        lines.append(
-            "| "
-            + " | ".join(
-                [
-                    folder.name,
-                    method,
-                    *(str(s.get(k, "–")) for k in ("rank", "seed")),
-                    str(n),
-                    *cells,
-                    mean,
-                ]
-            )
-            + " |"
-        )
+        lines.append("| " + " | ".join(table_row(folder)) + " |")
     if len(lines) == 2:
         raise FlagError("none of these folders has been scored; python eval.py RUN does that")
     return "\n".join(lines)
 
 
-# --- one question ----------------------------------------------------------------------------------
+def table_row(folder: Path) -> list[str]:
+    path = folder / "eval" / "results.json"
+    results = read_json(path)
+    try:
+        scored = results["adapter_sha256"]
+        tasks = results["tasks"] if is_still(folder, scored) else {}
+        scores = []
+        for task in TASKS:
+            r = tasks.get(task)
+            scores.append(f"{100 * r['correct'] / r['n']:.1f}" if r else "–")
+        n = sum(r["n"] for r in tasks.values())
+        mean = judge.mean(tasks)
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError):
+        raise CheckpointError(
+            f"{path}: not as eval.py wrote it; python eval.py {folder} makes it again"
+        ) from None
+    facts = ["base", *"–" * 6] if scored is None else training_facts(folder)
+    return [
+        folder.name,
+        *facts,
+        str(n) if tasks else "–",
+        *scores,
+        "–" if mean is None else f"{mean:.1f}",
+    ]
+
+
+def is_still(folder: Path, scored: str | None) -> bool:
+    """Whether the adapter that was scored is the one that is there."""
+    if scored is None or not (folder / "adapter_config.json").is_file():
+        return True
+    same = run_folder.sha256(adapter_file(folder)) == scored
+    if not same:
+        print(
+            f"note: {folder} was trained on since it was scored; move its eval/ away and score it "
+            "again",
+            file=sys.stderr,
+        )
+    return same
+
+
+def training_facts(folder: Path) -> list[str]:
+    """Method, rank, α, s, lr, seed and steps of the run that an adapter is of."""
+    run = run_of(folder)
+    if run is None:
+        return ["–"] * 7
+    run_json = read_run(run)
+    settings = Settings.from_json(run_json["settings"])
+    scale = run_json.get("effective_scale")
+    return [
+        settings.label,
+        str(settings.rank),
+        "–" if settings.alpha is None else f"{settings.alpha:g}",
+        "–" if scale is None else f"{scale:.4g}",
+        f"{settings.lr:g}",
+        str(settings.seed),
+        steps_words(folder, run, run_json),
+    ]
+
+
+def steps_words(folder: Path, run: Path, run_json: dict) -> str:
+    """12, or, of an adapter from before the end, "5 of 12" and whether the run goes that far."""
+    steps = run_json.get("steps", "?")
+    if run != folder:  # one of its checkpoints/step-*
+        return f"{int(folder.name.rpartition('-')[2])} of {steps}"
+    if run_json["finished"]:
+        return str(steps)
+    return f"unfinished: {run_json.get('best_step')} of {steps}"
+
+
+# --- one question ---------------------------------------------------------------------------------
 
 
 def ask(model: Llama, tokenizer, question: str, style: str) -> str:
-    """The greedy answer to one question, its probability among the answers that the question's last line offers, and speed.
+    """The greedy answer to one question, its probability among the answers that the question's last
+    line offers, and speed.
 
-    The probability is that of the whole output, "the correct answer is X", renormalised over the answers offered.
+    The probability is that of the whole output, "the correct answer is X", renormalised over the
+    answers offered.
     """
     e = {"instruction": question, "input": ""}
     prompt = format_prompt(e, style)
@@ -213,29 +281,22 @@ def ask(model: Llama, tokenizer, question: str, style: str) -> str:
     said = generate(model, [ids], NEW_TOKENS, tokenizer.eos)[0]
     seconds = time.perf_counter() - began
     text = tokenizer.decode(said).strip() or "(nothing)"
-    lines = [
-        "".join(c if c.isprintable() else "?" for c in line) for line in text.split("\n")
-    ]  # a base model says control characters, too
+    # a base model says control characters, too
+    lines = ["".join(c if c.isprintable() else "?" for c in line) for line in text.split("\n")]
     if offered := sorted(offered_answers(e)):
-        records = [
-            Record(
-                tokenizer.encode(prompt + f"the correct answer is {a}", bos=True, eos=True),
-                len(ids),
-                0,
-            )
-            for a in offered
-        ]
-        with torch.no_grad():
-            scores = torch.tensor([-loss_sum(model, collate([r])).item() for r in records])
-        chances = zip(scores.softmax(0).tolist(), offered)
+        scores = []
+        for answer in offered:
+            whole = tokenizer.encode(f"{prompt}the correct answer is {answer}", bos=True, eos=True)
+            with torch.no_grad():
+                scores.append(-loss_sum(model, collate([Record(whole, len(ids), 0)])).item())
+        chances = zip(torch.tensor(scores).softmax(0).tolist(), offered)
         lines.append(", ".join(f"{a} {100 * p:.1f}%" for p, a in sorted(chances, reverse=True)))
-    lines.append(
-        f"{len(ids)} + {len(said)} tokens, {(len(ids) + len(said)) / seconds:,.0f} tokens/s"
-    )
+    count = len(ids) + len(said)
+    lines.append(f"{len(ids)} + {len(said)} tokens, {count / seconds:,.0f} tokens/s")
     return "\n    ".join(lines)
 
 
-# --- command line ----------------------------------------------------------------------------------
+# --- command line ---------------------------------------------------------------------------------
 
 
 def build_parser() -> Parser:
@@ -279,12 +340,10 @@ def build_parser() -> Parser:
         nargs="?",
         const="",
         metavar="TEXT",
-        help="answer this question, or, without TEXT, one after another; \\n is a new line; a last line 'Answer format: "
-        "a/b' says what is offered",
+        help="answer this question, or, without TEXT, one after another; \\n is a new line; a last "
+        "line 'Answer format: a/b' says what is offered",
     )
-    parser.add_argument(
-        "--prompt", choices=["clean", "dora"], help="default: the one RUN was trained with"
-    )
+    parser.add_argument("--prompt", choices=PROMPTS, help="default: the one RUN was trained with")
     parser.add_argument(
         "--device", metavar="NAME", help="cuda, cpu, mps (default: cuda if there is one)"
     )
@@ -306,7 +365,8 @@ def find_tests(folder: str, tasks: list[str] | None, limit: int | None) -> dict[
         raise FlagError(f"unknown task {min(unknown)}; choose from {', '.join(TASKS)}")
     if not Path(folder).is_dir():
         raise DataError(
-            f"{folder}: no such folder; ./weights_download.sh data fetches the test sets, or give --data"
+            f"{folder}: no such folder; ./weights_download.sh data fetches the test sets, or give "
+            "--data"
         )
     found = {task: find_test_file(folder, task) for task in TASKS if not tasks or task in tasks}
     if missing := [task for task, path in found.items() if path is None and tasks]:
@@ -324,20 +384,40 @@ def typed() -> Iterator[str]:
     try:
         yield from iter(lambda: input(prompt), "")
     except EOFError:
-        print("\n" * bool(prompt), end="")
+        print("\n" if prompt else "", end="")
 
 
-def open_model(
-    folder: Path | None, ckpt: str, device: torch.device, dtype: str
-) -> tuple[Llama, bool]:
-    """(base with its adapter, whether that could be merged). A merged model answers faster; series, parallel and prefix
-    stay applied."""
-    if folder:
-        refuse_strangers(folder, ckpt)
-    model = load_base(ckpt, device, DTYPES[dtype])
-    if folder is None:
+class Asked(NamedTuple):
+    """Who is asked, and how."""
+
+    folder: Path | None  # of the adapter; None: the base model
+    run: Path | None  # that it is of
+    ckpt: str
+    device: torch.device
+    dtype: str
+    style: str
+
+
+def who_is_asked(args: argparse.Namespace) -> Asked:
+    if not args.run and not args.ckpt:
+        raise FlagError("what shall be scored? Give a run folder, or --ckpt NAME for a base model")
+    folder, ckpt = find_adapter(args.run, args.ckpt) if args.run else (None, args.ckpt)
+    find_checkpoint(ckpt)  # or it is said that there is none
+    device = find_device(args.device)
+    run = run_of(folder) if folder else None
+    style = args.prompt or (read_run(run)["settings"]["prompt"] if run else "clean")
+    return Asked(folder, run, ckpt, device, find_dtype(args.dtype, ckpt, device), style)
+
+
+def open_model(asked: Asked) -> tuple[Llama, bool]:
+    """(base with its adapter, whether that could be merged). A merged model answers faster; what is
+    no change of a weight matrix stays applied."""
+    if asked.folder:
+        refuse_strangers(asked.folder, asked.ckpt)
+    model = load_base(asked.ckpt, asked.device, DTYPES[asked.dtype])
+    if asked.folder is None:
         return model, False
-    load_adapter(model, folder)
+    load_adapter(model, asked.folder)
     try:
         merge(model)
     except ValueError:
@@ -345,53 +425,47 @@ def open_model(
     return model, True
 
 
+def ask_all(args: argparse.Namespace) -> int:
+    asked = who_is_asked(args)
+    tokenizer = find_tokenizer(asked.ckpt)
+    model, _ = open_model(asked)
+    for question in [args.ask] if args.ask else typed():
+        question = question.encode("utf-8", "replace").decode()  # half a character may come in
+        print("    " + ask(model, tokenizer, question.replace("\\n", "\n"), asked.style))
+    return 0
+
+
 def score(args: argparse.Namespace) -> int:
-    if not args.run and not args.ckpt:
-        raise FlagError("what shall be scored? Give a run folder, or --ckpt NAME for a base model")
-    folder, ckpt = find_adapter(args.run, args.ckpt) if args.run else (None, args.ckpt)
-    device = find_device(args.device)
-    dtype = find_dtype(args.dtype, ckpt, device)
-    trained = run_of(folder) if folder else None
-    style = args.prompt or (read_run(trained)["settings"]["prompt"] if trained else "clean")
-    if args.ask is not None:
-        tokenizer = find_tokenizer(ckpt)
-        model, _ = open_model(folder, ckpt, device, dtype)
-        for question in [args.ask] if args.ask else typed():
-            question = question.encode("utf-8", "replace").decode()  # half a character may come in
-            print("    " + ask(model, tokenizer, question.replace("\\n", "\n"), style))
-        return 0
+    """Answer all questions that have no answer yet, and count."""
+    asked = who_is_asked(args)
+    folder, ckpt = asked.folder, asked.ckpt
     data = str(find_data(args.data or row_of(ckpt).tests))
     tests = find_tests(data, args.tasks, args.limit)
     tokenizer = find_tokenizer(ckpt)
-    out = (
-        Path(args.out)
-        if args.out
-        else (folder or Path("runs") / f"{Path(ckpt).name}-base") / "eval"
-    )
+    out = (folder or Path("runs") / f"{short_name(ckpt)}-base") / "eval"
+    if args.out:
+        out = Path(args.out)
     run_folder.check_writable(out)
     identity = {
         "adapter_sha256": run_folder.sha256(adapter_file(folder)) if folder else None,
         "base_sha256": base_identity(ckpt),
         "tokenizer_sha256": tokenizer_identity(ckpt),
         "decode": DECODE,
-        "prompt": style,
-        "dtype": dtype,
-        **{f"{task}_sha256": run_folder.sha256(find_test_file(data, task)) for task in tests},
+        "prompt": asked.style,
+        "dtype": asked.dtype,
     }
+    for task in tests:
+        identity[f"{task}_sha256"] = run_folder.sha256(find_test_file(data, task))
     check_same(out, identity)
-    model, merged = open_model(folder, ckpt, device, dtype)
+    model, merged = open_model(asked)
     if folder and run_folder.sha256(adapter_file(folder)) != identity["adapter_sha256"]:
         raise run_folder.RunError(
-            f"{folder} was replaced while it was read, by a training that still runs; score it again"
+            f"{folder} was replaced while it was read, by a training that still runs; score it "
+            "again"
         )
-    results = {
-        "mean": None,
-        "tasks": {},
-        **identity,
-        "data": str(data),
-        "merged": merged,
-        "limit": args.limit,
-    }
+    facts = {"data": data, "merged": merged, "limit": args.limit}
+    results = {"mean": None, "tasks": {}, **identity, **facts}
+    title = title_of(asked, merged)
     processes.wait()  # all have looked at the folder before the first writes there
     with (
         run_folder.lock(out) if processes.first() else nullcontext(),
@@ -400,70 +474,79 @@ def score(args: argparse.Namespace) -> int:
         if processes.first():
             run_folder.remove_debris(out)
             run_folder.write_json(out / "settings.json", check_same(out, identity))
-            if (out / "results.json").is_file() and (before := read_json(out / "results.json")).get(
-                "limit"
-            ) == args.limit:
-                results |= {
-                    key: value
-                    for key, value in before.items()
-                    if key == "tasks" or key.endswith("_sha256")
-                } | identity
+            results |= scored_before(out, args.limit) | identity
         processes.wait()
         try:
             for task, examples in tests.items():
                 file = out / f"{task}.jsonl"
                 answer_questions(
-                    model, tokenizer, task, examples, file, args.batch_size, style, stop
+                    model, tokenizer, task, examples, file, args.batch_size, asked.style, stop
                 )
-                if not processes.first():
-                    continue
-                said = read_generations(file)
-                for i, e in enumerate(examples):
-                    e["generation"] = said[i]
-                row = judge.score_task(task, examples)
-                if TASKS[task].new_tokens != NEW_TOKENS:
-                    row["new_tokens"] = TASKS[task].new_tokens
-                scores = results["tasks"] | {task: row}  # with those of tasks scored before
-                results["tasks"] = {t: scores[t] for t in TASKS if t in scores}
-                results["mean"] = judge.mean(results["tasks"])
-                run_folder.write_json(out / "results.json", results)
+                if processes.first():
+                    count_answers(task, examples, read_generations(file), results)
+                    run_folder.write_json(out / "results.json", results)
         except run_folder.Stopped as e:
             print("stopped; finished answers are kept; to go on: the same command again")
             return e.code
-        if not processes.first():
-            return 0
-        table = judge.task_table(results["tasks"])
-        title = f"{folder or ckpt + ' (base model)'}: {DECODE}, {style} prompt, {dtype}, {'merged' if merged else 'not merged'}"
-        run_folder.write_text(out / "results.md", f"{title}\n\n{table}\n")
+        if processes.first():
+            table = judge.task_table(results["tasks"])
+            run_folder.write_text(out / "results.md", f"{title}\n\n{table}\n")
+            show(tests, table, title, out)
+    return 0
+
+
+def scored_before(out: Path, limit: int | None) -> dict:
+    """The scores of other tasks in this folder, if they are of as many questions."""
+    path = out / "results.json"
+    before = read_json(path) if path.is_file() else {}
+    if before.get("limit") != limit:
+        return {}
+    return {k: v for k, v in before.items() if k == "tasks" or k.endswith("_sha256")}
+
+
+def count_answers(task: str, examples: list[dict], said: dict[int, str], results: dict) -> None:
+    for i, e in enumerate(examples):
+        e["generation"] = said[i]
+    row = judge.score_task(task, examples)
+    if TASKS[task].new_tokens != NEW_TOKENS:
+        row["new_tokens"] = TASKS[task].new_tokens
+    scores = results["tasks"] | {task: row}  # with those of tasks scored before
+    results["tasks"] = {t: scores[t] for t in TASKS if t in scores}
+    results["mean"] = judge.mean(results["tasks"])
+
+
+def title_of(asked: Asked, merged: bool) -> str:
+    what = f"{asked.folder}" if asked.folder else f"{asked.ckpt} (base model)"
+    if asked.folder and asked.run:
+        run_json = read_run(asked.run)
+        if not run_json["finished"]:
+            what += f" ({steps_words(asked.folder, asked.run, run_json)})"
+    how = "merged" if merged else "not merged"
+    return f"{what}: {DECODE}, {asked.style} prompt, {asked.dtype}, {how}"
+
+
+def show(tests: dict[str, list[dict]], table: str, title: str, out: Path) -> None:
     shown: list[str] = []
     for good in (True, False):
         found = [judge.show_answer(task, examples, good) for task, examples in tests.items()]
         shown += [text for text in found if text][:2]
-    print(
-        "\n\n".join([*shown, table])
-        + f"\n\n{title}\nsaved {out}/results.json; ± is one binomial standard error"
-    )
-    return 0
+    print("\n\n".join([*shown, table]))
+    print(f"\n{title}\nsaved {out}/results.json; ± is one binomial standard error")
 
 
 def check_same(out: Path, identity: dict) -> dict:
-    """Refuse to mix scores of two adapters, prompts, precisions or test files in one folder. Returns old and new facts together."""
-    path, before = out / "settings.json", {}
-    if path.exists():
-        before = read_json(path)
-        if changed := [key for key in identity if identity[key] != before.get(key, identity[key])]:
-            what = (
-                "another adapter"
-                if changed[0] == "adapter_sha256"
-                else ", ".join(f"{k} {before.get(k)}" for k in changed)
-            )
-            raise run_folder.RunError(
-                f"{out} holds scores of {what}; move or delete it to score anew"
-            )
-    elif any(out.glob("*.jsonl")):
-        raise run_folder.RunError(
-            f"{out} holds answers of unknown origin; move or delete it to score anew"
-        )
+    """Refuse to mix scores of two adapters, prompts, precisions or test files in one folder.
+    Returns old and new facts together."""
+    path = out / "settings.json"
+    before = read_json(path) if path.exists() else {}
+    advice = "move or delete it to score anew"
+    if not before and any(out.glob("*.jsonl")):
+        raise run_folder.RunError(f"{out} holds answers of unknown origin; {advice}")
+    if changed := [key for key in identity if identity[key] != before.get(key, identity[key])]:
+        what = ", ".join(f"{key} {before.get(key)}" for key in changed)
+        if changed[0] == "adapter_sha256":
+            what = "another adapter"
+        raise run_folder.RunError(f"{out} holds scores of {what}; {advice}")
     return before | identity
 
 
@@ -472,20 +555,17 @@ def main(argv: list[str] | None = None) -> int:
 
     def work() -> int:
         args = build_parser().parse_args(argv)
-        if args.ask is not None and (
-            stray := [
-                k
-                for k in ("data", "tasks", "limit", "batch_size", "out")
-                if getattr(args, k) is not None
-            ]
-        ):
-            raise FlagError(f"--{stray[0].replace('_', '-')} has no effect with --ask")
+        given = [name for name, value in vars(args).items() if value is not None]
         if args.table:
-            if stray := [k for k, v in vars(args).items() if v is not None and k != "table"]:
+            if stray := [name for name in given if name != "table"]:
                 raise FlagError(f"--table takes no {stray[0]}")
             print(run_table([Path(folder) for folder in args.table]))
             return 0
+        if args.ask is not None:
+            for name in ("data", "tasks", "limit", "batch_size", "out"):
+                if name in given:
+                    raise FlagError(f"--{name.replace('_', '-')} has no effect with --ask")
         with processes.joined():
-            return score(args)
+            return score(args) if args.ask is None else ask_all(args)
 
     return exit_code(work, "eval", "a smaller --batch-size, --dtype bf16, or --device cpu")

@@ -26,6 +26,9 @@ from plumbing.peft_files import read_adapter, write_adapter
 from rora import METHODS, NonFiniteError, Recipe, adapter_settings, adapter_tensors, trainable
 
 
+EVERY = 60  # seconds between two lines in a log, at most
+
+
 def total_steps(records: list[Record], settings: Settings) -> int:
     """The last batch of an epoch may be a partial one; it counts as a step."""
     per_epoch = math.ceil(len(records) / settings.batch_size)
@@ -127,7 +130,8 @@ class Run:
         self.metrics = None
         if processes.first():
             self.metrics = run_folder.Metrics(folder / "metrics.jsonl", self.state["step"])
-        self.began = time.perf_counter() - self.state["seconds"]
+        self.first, self.started = self.state["step"], time.perf_counter()
+        self.began, self.printed = self.started - self.state["seconds"], self.started
         self.bar = tqdm(
             total=steps,
             initial=self.state["step"],
@@ -162,14 +166,26 @@ class Run:
             )
         self.bar.update()
         self.bar.set_postfix_str(f"loss {step.loss:.3f}, {speed:,.0f} tok/s", refresh=False)
+        self.last = step
         every = max(1, self.steps // 10)
         due = step.number == self.steps or (step.number - 1) % every == 0
-        if self.bar.disable and due:  # a log or a pipe: a few lines, no bar
-            print(
-                f"step {step.number}/{self.steps}  loss {step.loss:.3f}  lr {step.lr:.2e}  "
-                f"{speed:,.0f} tok/s",
-                flush=True,
-            )
+        if due or time.perf_counter() - self.printed >= EVERY:
+            self.print_line(f"{speed:,.0f} tok/s  {self.to_go(step.number)}")
+
+    def print_line(self, what: str) -> None:
+        """In a log or a pipe, where no bar is shown."""
+        if self.bar.disable and processes.first():
+            step, self.printed = self.last, time.perf_counter()
+            numbers = f"loss {step.loss:.3f}  lr {step.lr:.2e}"
+            print(f"step {step.number}/{self.steps}  {numbers}  {what}", flush=True)
+
+    def to_go(self, number: int) -> str:
+        """By the steps of this start, validation and saving included."""
+        made = number - self.first
+        seconds = (time.perf_counter() - self.started) / made * (self.steps - number)
+        if seconds >= 5400:
+            return f"{seconds / 3600:.1f} hours to go"
+        return f"{seconds / 60:.0f} min to go" if seconds >= 90 else f"{seconds:.0f} s to go"
 
     def refuse_idle(self, number: int, last: bool) -> None:
         """An adapter that is not in the model's path, or that is at the end what it was at the
@@ -208,6 +224,7 @@ class Run:
             )
         if self.metrics:
             self.metrics.write(step=number, val_loss=value)
+        self.print_line(f"validation loss {value:.4f}")
         best = self.state["best_loss"]
         if (best is None or value < best) and self.learned():
             self.state["best_loss"] = value

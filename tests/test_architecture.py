@@ -39,6 +39,7 @@ MAY_IMPORT = {
         "plumbing.hf_files",
         "plumbing.processes",
         "plumbing.run_folder",
+        "plumbing.peft_files",
     },
     "plumbing.finding": {
         "data",
@@ -89,6 +90,7 @@ MAY_IMPORT = {
         "plumbing.refuse",
         "plumbing.run_folder",
         "plumbing.training",
+        "plumbing.tokenizer_files",
     },
 }
 RUN_TIME = {"torch", "sentencepiece", "safetensors", "tqdm"}

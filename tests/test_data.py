@@ -79,8 +79,9 @@ def test_a_split_inside_a_token_is_an_error_and_not_a_guess(tokenizer):
 
         encode = staticmethod(lambda text, *, bos, eos: [len(line) for line in text.split("\n")])
 
-    with pytest.raises(DataError, match="record 5: the tokens of the prompt are not a prefix"):
-        encode_record(EXAMPLE, Merging, 256, number=5)
+    with pytest.raises(DataError, match="record 5: its output begins with 'the corr'.*--loss all"):
+        encode_record(EXAMPLE, Merging, 256, loss="answer", number=5)
+    assert encode_record(EXAMPLE, Merging, 256, loss="all")[0].split == 1  # nothing to split
 
 
 # --- what is learned ------------------------------------------------------------------------------
@@ -200,12 +201,12 @@ def test_the_last_line_of_a_question_says_which_answers_are_offered():
     "content, said",
     [
         ("[", "not valid JSON"),
-        ("{}", "expected a non-empty JSON list"),
+        ("{}", 'record 1: no "instruction"'),  # JSON Lines of one line
         ("[]", "expected a non-empty JSON list"),
         ([EXAMPLE, 3], "record 2: expected an object"),
-        ([EXAMPLE, {"instruction": "x", "answer": "y"}], 'record 2: no "output"'),
+        ([EXAMPLE, {"instruction": "x", "output": "y"}], 'record 2: no "answer"'),
         ([EXAMPLE | {"answer": None}], 'record 1: "answer" is NoneType'),
-        ([EXAMPLE | {"output": " "}], 'record 1: "output" is empty'),
+        ([EXAMPLE | {"instruction": " "}], 'record 1: "instruction" is empty'),
         (
             [EXAMPLE | {"answer": "yes"}],
             "record 1: \"answer\" is 'yes', which is not legal for boolq",

@@ -268,7 +268,7 @@ GOOD = {
     [
         (b"", "not valid JSON"),
         (b"{", "not valid JSON"),
-        (b"{}", "non-empty JSON list"),
+        (b"{}", 'record 1: no "instruction"'),
         (b"[]", "non-empty JSON list"),
         (b"[1]", "record 1: expected an object"),
         ([GOOD, GOOD | {"instruction": None}], 'record 2: "instruction" is NoneType'),

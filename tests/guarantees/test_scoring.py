@@ -5,7 +5,7 @@ import signal
 
 import pytest
 from conftest import score_base
-from helpers import flags, make_world, refused, run, runs, score, tree
+from helpers import flags, interrupt, make_world, refused, run, runs, score, tree
 
 from plumbing import scoring
 
@@ -137,3 +137,62 @@ def test_answers_do_not_depend_on_batch_size_or_the_order_of_the_questions(world
         answers = scoring.read_generations(tmp_path / str(i) / "boolq.jsonl")
         said.append([answers[n] for n in sorted(answers)])
     assert said[0] == said[1] == said[2] == said[3][::-1] and len(set(said[0])) > 1
+
+
+# --- the table says what it is of -----------------------------------------------------------------
+
+
+def cells(*folders) -> list[dict[str, str]]:
+    lines = score("--table", *folders).out.splitlines()
+    split = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return [dict(zip(split[0], row)) for row in split[2:]]
+
+
+def test_the_table_tells_the_recipe_and_dora_from_dora_with_the_root(world, tmp_path):
+    short = {"method": "dora", "max_steps": 2, "epochs": None, "lr": 3e-4}
+    for name, scale in [("a", {}), ("b", {"scale": "sqrt"})]:
+        assert run(*flags(world, tmp_path / name, **short, **scale)).code == 0
+        assert score(tmp_path / name, "--data", world.tests, "--tasks", "piqa").code == 0
+    a, b = cells(tmp_path / "a", tmp_path / "b")
+    assert (a["method"], a["s"], b["method"], b["s"]) == ("dora", "2", "dora-sqrt", "4")
+    assert {key: a[key] for key in ("α", "lr", "steps", "seed", "rank")} == {
+        "α": "8",
+        "lr": "0.0003",
+        "steps": "2",
+        "seed": "0",
+        "rank": "4",
+    }
+
+
+def test_an_unfinished_run_is_called_so_and_its_old_score_is_not_shown_once_it_went_on(
+    world, tmp_path
+):
+    folder = tmp_path / "run"
+    wanted = flags(world, folder, eval_every=3)
+    assert interrupt(4, *wanted).code == 130
+    said = score(folder, "--data", world.tests, "--tasks", "piqa")
+    assert said.code == 0 and "unfinished: 3 of 12" in said.out
+    (row,) = cells(folder)
+    assert row["steps"] == "unfinished: 3 of 12" and row["piqa"] != "–"
+    assert run("--resume", folder).code == 0
+    refused(score(folder, "--data", world.tests, "--tasks", "piqa"), 2, "another adapter")
+    (row,) = cells(folder)
+    assert row["steps"] == "12" and row["piqa"] == "–" and row["mean"] == "–"
+    assert "since it was scored" in score("--table", folder).err
+    step = runs.checkpoints(folder)[1]
+    assert score(step, "--data", world.tests, "--tasks", "piqa").code == 0
+    (row,) = cells(step)
+    assert row["steps"] == "10 of 12" and row["method"] == "rora"
+
+
+def test_the_mean_is_of_the_scores_that_stand_beside_it(benchmark, tmp_path):
+    score_base(benchmark, tmp_path / "run" / "eval", "--limit", "2")
+    path = tmp_path / "run" / "eval" / "results.json"
+    results = json.loads(path.read_text())
+    results["mean"] = 99.0
+    results["tasks"]["boolq"] |= {"correct": 2, "n": 2, "accuracy": 100.0}
+    path.write_text(json.dumps(results))
+    (row,) = cells(tmp_path / "run")
+    scores = [float(row[task]) for task in results["tasks"]]
+    assert float(row["mean"]) == pytest.approx(sum(scores) / 8, abs=0.06)
+    assert row["boolq"] == "100.0" and row["method"] == "base"
