@@ -35,7 +35,7 @@ from data import (
     split_validation,
 )
 from llama import Llama, LlamaConfig, open_llama, save_llama
-from plumbing import memory, processes, refuse, run_folder
+from plumbing import __version__, memory, processes, refuse, run_folder
 from plumbing.finding import (
     base_identity,
     find_adapter,
@@ -188,6 +188,7 @@ def facts(settings: Settings, model: Llama) -> dict:
         "base_sha256": base_identity(settings.ckpt),
         "tokenizer_sha256": tokenizer_identity(settings.ckpt),
         "data_sha256": run_folder.sha256(find_data(settings.data)),
+        "version": __version__,
         "python": platform.python_version(),
         "packages": {p: version(p) for p in ("torch", "safetensors", "sentencepiece", "tqdm")},
         **source(),

@@ -3,11 +3,12 @@
 import copy
 import json
 import math
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import shake, write_checkpoint, write_records
+from conftest import ROOT, shake, write_checkpoint, write_records
 
 import fast
 import rora
@@ -216,6 +217,11 @@ def test_run_json_says_the_scale_that_was_used(run):
     about = json.loads((run / "run.json").read_text())
     assert about["settings"]["scale"] == "sqrt"
     assert about["effective_scale"] == 64 / 4**0.5
+
+
+def test_run_json_says_which_version_made_it_the_newest_in_the_changelog(run):
+    version = json.loads((run / "run.json").read_text())["version"]
+    assert re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.M)[0] == version
 
 
 def test_two_checkpoints_are_kept_each_complete(run):
