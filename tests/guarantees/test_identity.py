@@ -59,7 +59,7 @@ def test_the_same_base_elsewhere_and_otherwise_written_is_known_again(
     assert interrupt(1, *flags(world, tmp_path / "run", **SHORT)).code == 130
     assert run("--resume", tmp_path / "run", "--ckpt", base, "--data", data).code == 0
     (ours, theirs) = (outcome(folder) for folder in (tmp_path / "run", whole))
-    assert ours["record"]["settings"]["ckpt"] == str(base)  # where it is now
+    assert ours["run.json"]["settings"]["ckpt"] == str(base)  # where it is now
     for key in ("best, last, optimizer", "metrics"):
         # the adapter's config names the base's folder; its tensors do not
         assert ours[key] == theirs[key]
