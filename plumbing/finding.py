@@ -13,7 +13,7 @@ from llama import Llama, LlamaConfig, load_llama, open_llama
 from plumbing import run_folder
 from plumbing.checkpoints import CHECKPOINTS, name_of
 from plumbing.flags import FlagError, Settings, find_checkpoint
-from plumbing.hf_files import CheckpointError, TensorFiles
+from plumbing.hf_files import CheckpointError, TensorFiles, finite
 from plumbing.peft_files import ConfigFile
 from plumbing.tokenizer_files import find_tokenizer_file
 from rora import NonFiniteError, load_adapter
@@ -34,8 +34,8 @@ def load_base(ckpt: str, device: torch.device, dtype: torch.dtype | None) -> Lla
 def refuse_not_finite(model: Llama, before: str, after: str) -> None:
     """Raise NonFiniteError with the name of a weight that holds NaN or infinity."""
     weights = dict(model.named_parameters())
-    finite = torch.stack([torch.isfinite(p).all() for p in weights.values()])
-    for name, good in zip(weights, finite.tolist()):  # the device is waited for once
+    goods = torch.stack([finite(p) for p in weights.values()])
+    for name, good in zip(weights, goods.tolist()):  # the device is waited for once
         if not good:
             raise NonFiniteError(f"{before}{name} holds NaN or infinity{after}")
 

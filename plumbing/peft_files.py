@@ -20,6 +20,7 @@ from torch import Tensor
 from plumbing.hf_files import (
     FLOATS,
     CheckpointError,
+    finite,
     first_line,
     read_json,
     read_pickle,
@@ -337,7 +338,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOATS.values():
             raise CheckpointError(f"{path}: {name} is {tensor.dtype}, expected floating point")
-        if not torch.isfinite(tensor).all():
+        if tensor.numel() and not finite(tensor):
             raise CheckpointError(f"{path}: {name} holds NaN or infinity")
     return {name: tensor.float() for name, tensor in tensors.items()}
 

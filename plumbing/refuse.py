@@ -4,10 +4,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from plumbing.hf_files import CheckpointError, some
+from plumbing.hf_files import CheckpointError, finite, some
 from plumbing.peft_files import MOST_ALPHA, adapter_file
 
 
@@ -62,7 +61,7 @@ def unmergeable(methods: Mapping, method: str) -> None:
 
 def not_finite(tensors: Mapping[str, Tensor]) -> None:
     for name, p in tensors.items():
-        if not torch.isfinite(p).all():
+        if not finite(p):
             raise NonFiniteError(f"{name} holds NaN or infinity; nothing was saved")
 
 
