@@ -200,7 +200,7 @@ def outcome(run_folder: Path) -> dict:
         "best, last, optimizer": [file.read_bytes() for file in files],
         "step": last.name,
         "metrics": rows(run_folder),
-        "run.json": run_json | {"seconds": None, "commit": None},
+        "run.json": run_json | {"seconds": None, "commit": None, "changed": None},
         "state": state | {"seconds": None},
     }
 
