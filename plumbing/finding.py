@@ -23,9 +23,9 @@ def load_base(ckpt: str, device: torch.device, dtype: torch.dtype | None) -> Lla
     folder = find_checkpoint(ckpt)
     model = load_llama(folder, device, dtype)
     refuse_not_finite(model, f"{folder}: ", "; the file is damaged: download it again")
-    model.source = str(folder)  # named in saved adapters
+    model.source = str(folder.resolve())  # named in saved adapters
     if ckpt in CHECKPOINTS:
-        model.source = CHECKPOINTS[ckpt].hub or ckpt
+        model.source = CHECKPOINTS[ckpt].hub or model.source
     elif "/" in ckpt and folder == Path("checkpoints") / ckpt:  # fetched by the hub's name
         model.source = ckpt
     return model

@@ -69,9 +69,8 @@ def read_config(path: str | Path) -> dict:
     take = Reader(hf, str(path))
     n_heads, dim = take.number("num_attention_heads"), take.number("hidden_size")
     take.only("model_type", hf.get("model_type", "llama"), "llama")
-    take.only("hidden_act", hf.get("hidden_act", "silu"), "silu")
-    take.only("attention_bias", bool(hf.get("attention_bias")), False)
-    take.only("mlp_bias", bool(hf.get("mlp_bias")), False)
+    if hf.get("hidden_act") != "swish":  # silu's other name
+        take.only("hidden_act", hf.get("hidden_act", "silu"), "silu")
     take.only("quantization_config", hf.get("quantization_config"), None)
     take.only("head_dim", hf.get("head_dim") or dim // n_heads, dim / n_heads)
     facts = {

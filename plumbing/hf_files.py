@@ -146,6 +146,8 @@ class TensorFiles:
                 ours = name.removeprefix("model.")
                 if ours.endswith("rotary_emb.inv_freq"):  # old conversions store it; we compute it
                     continue
+                if ours.endswith(".bias") and not self._read(path, name).any():
+                    continue  # it adds nothing; any other is refused by require()
                 if ours in self.shapes:
                     raise CheckpointError(f"{path}: {name} stands in another shard too")
                 self.shapes[ours], self.dtypes[ours], self._where[ours] = shape, dtype, (path, name)
@@ -174,9 +176,10 @@ class TensorFiles:
                     )
                 files = sorted(set(where.values()))
                 for file in files:
-                    if not file or Path(file).name != file or file in (".", ".."):
+                    path = Path(file)
+                    if path.is_absolute() or ".." in path.parts or not path.name:
                         raise CheckpointError(
-                            f"{self.folder / index}: {file!r} is not a bare file name"
+                            f"{self.folder / index}: {file!r} is not a file in this folder"
                         )
                     if not (self.folder / file).exists():
                         raise CheckpointError(
@@ -233,10 +236,14 @@ class TensorFiles:
     def read(self, name: str, device, dtype: torch.dtype | None) -> Tensor:
         """One tensor, straight to its device and dtype (None: as on disk)."""
         path, stored = self._where[name]
+        tensor = self._read(path, stored, device)
+        return tensor.to(device, dtype or self.dtypes[name], copy=path in self._pickles)
+
+    def _read(self, path: Path, stored: str, device="cpu") -> Tensor:
         if path in self._pickles:
-            return self._pickles[path][stored].to(device, dtype or self.dtypes[name], copy=True)
+            return self._pickles[path][stored]
         with safe_open(path, "pt", device=str(device)) as file:
-            return file.get_tensor(stored).to(dtype or self.dtypes[name])
+            return file.get_tensor(stored)
 
     def identity(self) -> str:
         """sha256 over every tensor's name, shape, dtype and a sample of its bytes: the same for the

@@ -74,6 +74,7 @@ from plumbing.hf_files import (
 )
 from plumbing.peft_files import MOST_ALPHA, format_words, read_adapter, write_adapter
 from plumbing.tokenizer_files import has_tokenizer
+from plumbing.tokenizer_json import write_tokenizer_json
 from plumbing.training import follow, peak_memory, team, total_steps
 from rora import METHODS, SCALES, adapter_settings, attach, load_adapter, merge, trainable
 
@@ -454,9 +455,11 @@ def fit(
         run_folder.write_json(folder / "run.json", run_json)
     which = f"after step {state['step']}"
     if held_out:
-        which = f"best validation loss {state['best_loss']:.4f} at step {state['best_step']}"
+        which = (
+            f"with the best validation loss {state['best_loss']:.4f} at step {state['best_step']}"
+        )
     print(
-        f"saved {folder}: the adapter with the {which}, {state['seconds']:.0f} s\n"
+        f"saved {folder}: the adapter {which}, {state['seconds']:.0f} s\n"
         f"to score it: {command('eval.py')} {shlex.quote(str(folder))}"
     )
     return 0
@@ -610,12 +613,22 @@ def merge_files(args: argparse.Namespace) -> int:
             if (base / name).is_file():
                 (temporary / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(base / name, temporary / name)
-        config = read_json(temporary / "config.json")
-        tied = model.cfg.tie_embeddings  # not as the base's says, if its file has another head
-        if bool(config.get("tie_word_embeddings")) != tied:
-            run_folder.write_json(temporary / "config.json", config | {"tie_word_embeddings": tied})
+        set_straight(temporary / "config.json", model.cfg.tie_embeddings)
+        lacking = write_tokenizer_json(base, temporary)
+    if lacking:
+        print(f"note: {lacking}")
     print(f"saved {out}: {ckpt} with {folder} merged in, {model.embed_tokens.weight.dtype}")
     return 0
+
+
+def set_straight(path: Path, tied: bool) -> None:
+    """What the base's config.json says and the merged tensors do not: heads that differ from the
+    embedding are not tied, and biases that were all zero are not written."""
+    config = read_json(path)
+    right = {"tie_word_embeddings": tied, "attention_bias": False, "mlp_bias": False}
+    wrong = {key: value for key, value in right.items() if bool(config.get(key)) != value}
+    if wrong:
+        run_folder.write_json(path, config | wrong)
 
 
 def export_plain(folder: Path, out: Path) -> int:

@@ -60,7 +60,10 @@ FORMATS: dict[str, dict] = {  # what a config says beside the numbers
     "prefix": {"peft_type": "PREFIX_TUNING"},
 }
 PEFT_SCALES = {"linear": False, "sqrt": True}  # PEFT's use_rslora
-LAYER_ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LINEAR_LAYERS = (
+    *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+    *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+)
 
 # Our parameter -> what follows the layer's name in a file. The first is written; all are read.
 SPELLINGS = {
@@ -76,6 +79,7 @@ SPELLINGS = {
 }
 # Keys that may hold anything: they do not change what an adapter computes once it is trained.
 NEUTRAL = {
+    "eva_config",
     "peft_type",
     "task_type",
     "auto_mapping",
@@ -91,17 +95,21 @@ NEUTRAL = {
     "encoder_hidden_size",
     "init_weights",
 }
-# Keys that may only hold what this project computes; any other key must be empty or false.
+# Keys that may only hold what this project computes; any other key must be empty or false, or one
+# that ConfigFile finds to say nothing that the tensors do not say.
 FIXED = {
     "bias": ["none"],
-    "init_lora_weights": [True, False, "gaussian"],
+    # How lora_A and lora_B began. PiSSA, OLoRA, LoftQ and CorDA change the base as well.
+    "init_lora_weights": [True, False, "gaussian", "orthogonal", "eva"],
     "non_linearity": ["tanh"],
     "scaling": [1, 1.0],
     "num_transformer_submodules": [1, None],
 }
+EXCEPTIONS = {"rank_pattern", "alpha_pattern", "exclude_modules", "layers_to_transform"}
+LORA = {"r", "lora_alpha", "lora_dropout", "target_modules"} | EXCEPTIONS
 READ = {
-    "LORA": {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora"},
-    "DORA": {"r", "lora_alpha", "lora_dropout", "target_modules"},  # NVlabs/DoRA's
+    "LORA": LORA | {"use_rslora", "use_dora"},
+    "DORA": LORA,  # NVlabs/DoRA's
     "PREFIX_TUNING": {"num_virtual_tokens", "token_dim", "num_attention_heads", "num_layers"},
     "BOTTLENECK": {"bottleneck_size", "adapter_dropout", "target_modules", "use_parallel_adapter"},
     OWN: {"method", "rank", "alpha", "scale", "dropout", "target_modules"},
@@ -163,11 +171,11 @@ def write_adapter(
         "base_model_name_or_path": settings.base,
         "inference_mode": True,
     }
-    save_file(  # one key alone in its metadata: safetensors does not keep the order of several
-        {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()},
-        folder / "adapter_model.safetensors",
-        {"format": "pt"},
-    )
+    named = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
+    # One key alone in its metadata: safetensors does not keep the order of several.
+    save_file(named, folder / "adapter_model.safetensors", {"format": "pt"})
+    if kind == "BOTTLENECK":  # LLM-Adapters reads nothing else
+        torch.save(named, folder / "adapter_model.bin")
     text = json.dumps(common | config, indent=2) + "\n"
     (folder / "adapter_config.json").write_text(text, encoding="utf-8")
 
@@ -182,7 +190,7 @@ def lora_config(settings: AdapterSettings, plain_scale: bool) -> dict:
         "fan_in_fan_out": False,
         "init_lora_weights": True,
     }
-    # use_rslora, and use_dora of FORMATS, only where true: PEFT before 0.7 and 0.9 fails on a key
+    # use_rslora, and use_dora of FORMATS, only where true: PEFT before 0.8 and 0.9 fails on a key
     # that it does not know.
     if PEFT_SCALES.get(settings.scale) and not plain_scale:
         config["use_rslora"] = True
@@ -272,7 +280,8 @@ class ConfigFile:
         return CheckpointError(f"{self.path}: {what}")
 
     def number(self, key: str, kind: type, least: float, default: float | None = None):
-        value = self.values.get(key, default)
+        value = self.values.get(key)
+        value = default if value is None else value
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not number or not least <= value < MOST_ALPHA or kind(value) != value:
             raise self.bad(f'"{key}" is {value!r}')
@@ -288,22 +297,73 @@ class ConfigFile:
         value = self.values.get(key)
         return value if isinstance(value, str) else None
 
-    def targets(self, sat_on: set[str]) -> tuple[str, ...]:
-        """target_modules, which must be where the tensors sit; in our order."""
-        targets = self.values.get("target_modules")
-        names = isinstance(targets, list) and all(
-            isinstance(target, str) and re.fullmatch(r"\w+", target) for target in targets
-        )
-        if not names:
-            raise self.bad(f'"target_modules" is {targets!r}; expected a list of layer names')
-        if sat_on != set(targets):
+    def targets(self, places: set[str]) -> tuple[str, ...]:
+        """The names of the layers that the tensors sit on, in our order.
+
+        places: layers.0.self_attn.q_proj, ... target_modules, in any of PEFT's spellings, must
+        choose the same names, and no other key may say anything else about any of them.
+        """
+        stated = self.values.get("target_modules")
+        texts = [stated] if isinstance(stated, str) else stated
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise self.bad(f'"target_modules" is {stated!r}; expected the names of layers')
+        sat_on = {place.rpartition(".")[2] for place in places}
+        blocks = [f"layers.{i}" for i in block_numbers(places)]
+        possible = places | {f"{block}.{name}" for block in blocks for name in LINEAR_LAYERS}
+        chosen = {p for p in possible if self.matches("target_modules", stated, p)}
+        named = {place.rpartition(".")[2] for place in chosen}
+        idle = [t for t in texts if not any(matches_end(t, p) for p in possible)]
+        if named != sat_on or places - chosen or (idle and isinstance(stated, list)):
+            said = stated if isinstance(stated, str) else sorted(texts)
             tensors = f"but the tensors sit on {sorted(sat_on)}"
-            raise self.bad(f'"target_modules" is {sorted(targets)}, {tensors}')
+            raise self.bad(f'"target_modules" is {said!r}, {tensors}')
+        self.refuse_exceptions(places)
         return in_order(sat_on)
+
+    def matches(self, key: str, stated: str | list[str], place: str) -> bool:
+        """PEFT's rule: a text is a regular expression for the whole name, an item of a list is a
+        name or the end of one, dot by dot."""
+        if isinstance(stated, list):
+            return any(matches_end(name, place) for name in stated)
+        if stated.lower() == "all-linear":
+            return True
+        try:
+            return re.fullmatch(stated, f"model.{place}") is not None
+        except re.error as e:
+            raise self.bad(f'"{key}" is {stated!r}, not a regular expression ({e})') from None
+
+    def refuse_exceptions(self, places: set[str]) -> None:
+        """Keys that make exceptions of some layers pass where they say nothing new."""
+        excluded = self.values.get("exclude_modules") or []
+        if not isinstance(excluded, str | list):
+            raise self.bad(f'"exclude_modules" is {excluded!r}')
+        if any(self.matches("exclude_modules", excluded, place) for place in places):
+            raise self.bad(f'"exclude_modules" is {excluded!r}, but the tensors sit there')
+        layers = self.values.get("layers_to_transform")
+        layers = layers if isinstance(layers, list) else [layers]
+        there = block_numbers(places)
+        if layers not in ([], [None]) and layers != there:
+            raise self.bad(f'"layers_to_transform" is {layers}, but the tensors sit on {there}')
+        for key, usual in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
+            pattern = self.values.get(key) or {}
+            same = self.values.get(usual)
+            if not isinstance(pattern, dict) or any(v != same for v in pattern.values()):
+                one = f'only one "{usual}" for all'
+                raise self.bad(f'"{key}" is {pattern!r}: not computed here, {one}')
+
+
+def matches_end(name: object, place: str) -> bool:
+    """Whether `name` is a place's whole name, or its end."""
+    return f".model.{place}".endswith(f".{name}")
+
+
+def block_numbers(places: set[str]) -> list[int]:
+    found = [re.match(r"layers\.(\d+)\.", place) for place in places]
+    return sorted({int(match[1]) for match in found if match})
 
 
 def in_order(names: Iterable[str]) -> tuple[str, ...]:
-    place = {name: i for i, name in enumerate(LAYER_ORDER)}
+    place = {name.rpartition(".")[2]: i for i, name in enumerate(LINEAR_LAYERS)}
     return tuple(sorted(names, key=lambda name: (place.get(name, len(place)), name)))
 
 
@@ -390,7 +450,7 @@ def read_layers(path: Path, raw: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def layers_of(tensors: dict[str, Tensor]) -> set[str]:
-    return {name.split(".")[-2] for name in tensors}
+    return {name.rpartition(".")[0] for name in tensors}
 
 
 def check_shapes(

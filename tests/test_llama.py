@@ -259,8 +259,6 @@ def test_transformers_4_and_5_spell_the_same_facts_differently(tmp_path):
     [
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "factor"),
-        ({"attention_bias": True}, "attention_bias"),
-        ({"mlp_bias": True}, "mlp_bias"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"head_dim": 20}, "head_dim"),
         ({"num_attention_heads": 5}, "head_dim"),
