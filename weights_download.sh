@@ -130,7 +130,8 @@ download() { # URL FILE SIZE
         esac
         idle=$((now > have ? 0 : idle + 1))
         if [ $idle -ge 3 ]; then
-            die 1 "$url: no more after $(human "$now") (curl exit $rc, HTTP $code): run it again"
+            now=$(human "$now")
+            die 1 "$url: no more bytes after $now (curl exit $rc, HTTP $code): run again to resume"
         fi
         say "    broke off at $(human "$now") (curl exit $rc, HTTP $code); going on"
         sleep "${RETRY_SECONDS:-3}"
@@ -157,7 +158,7 @@ fetch() { # URL FILE SIZE HASH: FILE appears complete and checked, or not at all
     got=$(hash_of "$2.part" "$4")
     if [ "$got" != "$4" ]; then
         rm -f "$2.part"
-        die 3 "$1: wrong content (hash $got, expected $4); removed: run again, or use another mirror"
+        die 3 "$1: wrong content (hash $got, expected $4); removed: run again, or try a mirror"
     fi
     mv "$2.part" "$2" || die 1 "cannot rename $2.part"
 }
