@@ -33,7 +33,7 @@ bench: .venv-crosscheck/ready  ## side by side with transformers + PEFT, on a CP
 	touch $@
 
 .venv/test: .venv/run-time
-	.venv/bin/pip install -q pytest==9.2.0 ruff==0.17.6 mypy==2.4.1
+	.venv/bin/pip install -q pytest==9.2.0 ruff==0.17.6 mypy==2.4.1 matplotlib==3.11.2
 	touch $@
 
 .venv-crosscheck/ready: tests/crosscheck/requirements.txt

@@ -3,6 +3,7 @@
     python eval.py runs/tiny-rora-r32-s0      a run, one of its checkpoints/step-*, any PEFT folder
     python eval.py --ckpt tiny                the base model, for comparison
     python eval.py --table runs/*             what was scored so far, one line per run
+    python eval.py --plot runs/*              loss, rate, gradient norm and accuracy, in a picture
 
 The model goes on greedily behind each question's prompt. It is right if the first legal answer in
 what it says is the record's: the rule of LLM-Adapters' scorer. (The paper's scripts decode with
@@ -84,6 +85,14 @@ def mean(tasks: dict[str, dict], key: str = "accuracy") -> float | None:
     if not all(task in tasks for task in PAPER_TASKS):
         return None
     return sum(tasks[task][key] for task in PAPER_TASKS) / len(PAPER_TASKS)
+
+
+def mean_error_bar(tasks: dict[str, dict]) -> float | None:
+    """One standard error of `mean`, of eight independent tasks."""
+    if mean(tasks) is None:
+        return None
+    bars = [error_bar(tasks[task]["accuracy"], tasks[task]["n"]) for task in PAPER_TASKS]
+    return math.hypot(*bars) / len(bars)
 
 
 def task_table(tasks: dict[str, dict]) -> str:

@@ -3,6 +3,7 @@ any weight is read."""
 
 import hashlib
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,8 +14,8 @@ from llama import Llama, LlamaConfig, load_llama, open_llama
 from plumbing import run_folder
 from plumbing.checkpoints import CHECKPOINTS, name_of
 from plumbing.flags import FlagError, Settings, find_checkpoint
-from plumbing.hf_files import CheckpointError, TensorFiles, finite
-from plumbing.peft_files import ConfigFile
+from plumbing.hf_files import CheckpointError, TensorFiles, finite, read_json
+from plumbing.peft_files import ConfigFile, adapter_file
 from plumbing.tokenizer_files import find_tokenizer_file
 from rora import NonFiniteError, load_adapter
 
@@ -139,6 +140,41 @@ def read_run(folder: Path) -> dict:
             f"{folder}/run.json is damaged or from another version ({e}); start the run again with "
             "--overwrite"
         ) from None
+
+
+def read_scores(folder: Path) -> dict | None:
+    """eval/results.json of a run folder, checked; None where nothing was scored. Its "tasks" are
+    empty where what was scored is another adapter than the one that is there."""
+    path = folder / "eval" / "results.json"
+    if not path.is_file():
+        return None
+    results = read_json(path)
+    try:
+        scored = results["adapter_sha256"]
+        for row in results["tasks"].values():
+            percents = [row["accuracy"], row["constant"], 100 * row["correct"] / row["n"]]
+            if not all(0 <= x <= 100 for x in percents):
+                raise ValueError(percents)
+        still = is_still(folder, scored)
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError):
+        raise CheckpointError(
+            f"{path}: not as eval.py wrote it; python eval.py {folder} makes it again"
+        ) from None
+    return results if still else results | {"tasks": {}}
+
+
+def is_still(folder: Path, scored: str | None) -> bool:
+    """Whether the adapter that was scored is the one that is there."""
+    if scored is None or not (folder / "adapter_config.json").is_file():
+        return True
+    same = run_folder.sha256(adapter_file(folder)) == scored
+    if not same:
+        print(
+            f"note: {folder} was trained on since it was scored; move its eval/ away and score it "
+            "again",
+            file=sys.stderr,
+        )
+    return same
 
 
 def refuse_strangers(folder: Path, ckpt: str) -> None:

@@ -32,6 +32,7 @@ from plumbing.finding import (
     find_tokenizer,
     load_base,
     read_run,
+    read_scores,
     refuse_strangers,
     run_of,
     tokenizer_identity,
@@ -52,8 +53,9 @@ from plumbing.flags import (
     row_of,
     short_name,
 )
-from plumbing.hf_files import CheckpointError, read_json
+from plumbing.hf_files import read_json
 from plumbing.peft_files import adapter_file
+from plumbing.plots import plot_runs
 from rora import load_adapter, loss_sum, merge
 
 NEW_TOKENS = Task("").new_tokens
@@ -179,60 +181,35 @@ COLUMNS = ("run", "method", "rank", "α", "s", "lr", "seed", "steps", "n")
 
 
 def run_table(folders: list[Path]) -> str:
-    """Markdown, a line per run; a dash where nothing was scored, or of something else."""
-    numbers = len(COLUMNS) - 2 + len(TASKS) + 1
+    """Markdown, a line per run; a dash where nothing was scored, or of something else. ± is one
+    binomial standard error of the mean."""
+    numbers = len(COLUMNS) - 2 + len(TASKS) + 2
     lines = [
-        "| " + " | ".join([*COLUMNS, *TASKS, "mean"]) + " |",
+        "| " + " | ".join([*COLUMNS, *TASKS, "mean", "±"]) + " |",
         "|---|---|" + "--:|" * numbers,
     ]
     for folder in folders:
-        if not (folder / "eval" / "results.json").is_file():
+        results = read_scores(folder)
+        if results is None:
             print(f"note: {folder} has not been scored", file=sys.stderr)
             continue
-        lines.append("| " + " | ".join(table_row(folder)) + " |")
+        lines.append("| " + " | ".join(table_row(folder, results)) + " |")
     if len(lines) == 2:
         raise FlagError("none of these folders has been scored; python eval.py RUN does that")
     return "\n".join(lines)
 
 
-def table_row(folder: Path) -> list[str]:
-    path = folder / "eval" / "results.json"
-    results = read_json(path)
-    try:
-        scored = results["adapter_sha256"]
-        tasks = results["tasks"] if is_still(folder, scored) else {}
-        scores = []
-        for task in TASKS:
-            r = tasks.get(task)
-            scores.append(f"{100 * r['correct'] / r['n']:.1f}" if r else "–")
-        n = sum(r["n"] for r in tasks.values())
-        mean = judge.mean(tasks)
-    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError):
-        raise CheckpointError(
-            f"{path}: not as eval.py wrote it; python eval.py {folder} makes it again"
-        ) from None
-    facts = ["base", *"–" * 6] if scored is None else training_facts(folder)
-    return [
-        folder.name,
-        *facts,
-        str(n) if tasks else "–",
-        *scores,
-        "–" if mean is None else f"{mean:.1f}",
-    ]
-
-
-def is_still(folder: Path, scored: str | None) -> bool:
-    """Whether the adapter that was scored is the one that is there."""
-    if scored is None or not (folder / "adapter_config.json").is_file():
-        return True
-    same = run_folder.sha256(adapter_file(folder)) == scored
-    if not same:
-        print(
-            f"note: {folder} was trained on since it was scored; move its eval/ away and score it "
-            "again",
-            file=sys.stderr,
-        )
-    return same
+def table_row(folder: Path, results: dict) -> list[str]:
+    tasks, base = results["tasks"], results["adapter_sha256"] is None
+    facts = ["base", *"–" * 6] if base else training_facts(folder)
+    n = sum(row["n"] for row in tasks.values())
+    scores = []
+    for task in TASKS:
+        row = tasks.get(task)
+        scores.append(f"{100 * row['correct'] / row['n']:.1f}" if row else "–")
+    for value in (judge.mean(tasks), judge.mean_error_bar(tasks)):
+        scores.append("–" if value is None else f"{value:.1f}")
+    return [folder.name, *facts, str(n) if tasks else "–", *scores]
 
 
 def training_facts(folder: Path) -> list[str]:
@@ -355,6 +332,13 @@ def build_parser() -> Parser:
     )
     parser.add_argument(
         "--table", nargs="+", metavar="RUN", help="print the scores of these runs and stop"
+    )
+    parser.add_argument(
+        "--plot",
+        nargs="+",
+        metavar="RUN",
+        help="draw the curves and scores of these runs into --out FILE (default: metrics.png in "
+        "the first of them), and stop",
     )
     return parser
 
@@ -556,10 +540,16 @@ def main(argv: list[str] | None = None) -> int:
     def work() -> int:
         args = build_parser().parse_args(argv)
         given = [name for name, value in vars(args).items() if value is not None]
+        for job, others in {"table": (), "plot": ("out",)}.items():
+            stray = [name for name in given if name not in (job, *others)]
+            if job in given and stray:
+                raise FlagError(f"--{job} takes no --{stray[0].replace('_', '-')}")
         if args.table:
-            if stray := [name for name in given if name != "table"]:
-                raise FlagError(f"--table takes no {stray[0]}")
             print(run_table([Path(folder) for folder in args.table]))
+            return 0
+        if args.plot:
+            out = Path(args.out) if args.out else None
+            print(f"saved {plot_runs([Path(folder) for folder in args.plot], out)}")
             return 0
         if args.ask is not None:
             for name in ("data", "tasks", "limit", "batch_size", "out"):

@@ -52,6 +52,7 @@ MAY_IMPORT = {
         "plumbing.run_folder",
         "plumbing.tokenizer_files",
     },
+    "plumbing.plots": {"data", "eval", "plumbing.finding", "plumbing.flags", "plumbing.run_folder"},
     "plumbing.training": {
         "data",
         "llama",
@@ -73,6 +74,7 @@ MAY_IMPORT = {
         "plumbing.hf_files",
         "plumbing.memory",
         "plumbing.peft_files",
+        "plumbing.plots",
         "plumbing.processes",
         "plumbing.run_folder",
     },

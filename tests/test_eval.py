@@ -1,6 +1,7 @@
 """The judge: what counts as an answer, what a score says, and what it does not depend on."""
 
 import json
+import math
 import re
 import shutil
 
@@ -10,7 +11,7 @@ from conftest import score_base, shake
 
 import eval as judge
 import rora
-from eval import error_bar, score_task
+from eval import error_bar, mean_error_bar, score_task
 from data import PAPER_TASKS, TASKS, Task, load_examples, load_tokenizer
 from llama import generate, load_llama
 
@@ -51,6 +52,12 @@ def test_only_what_the_model_says_is_judged_not_the_question():
 def test_the_error_bar_is_the_binomial_one():
     assert error_bar(50, 100) == pytest.approx(5)
     assert error_bar(100, 100) == 0
+
+
+def test_the_error_bar_of_the_mean_is_that_of_eight_independent_tasks():
+    tasks = {task: {"accuracy": 50, "n": 100} for task in PAPER_TASKS}
+    assert mean_error_bar(tasks) == pytest.approx(5 / math.sqrt(8))
+    assert mean_error_bar({"boolq": tasks["boolq"]}) is None
 
 
 # --- a task of one's own --------------------------------------------------------------------------

@@ -469,7 +469,7 @@ def test_flags_out_of_range_unknown_or_contradictory_are_refused(world, words, s
         ("done --limit 0", "--limit"),
         ("done --batch-size -1", "--batch-size"),
         ("--table tests", "none of these"),
-        ("--table done --limit 3", "--table takes no limit"),
+        ("--table done --limit 3", "--table takes no --limit"),
     ],
 )
 def test_flags_of_eval_are_checked_too(world, words, said):
