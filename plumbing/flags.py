@@ -8,7 +8,9 @@ import io
 import math
 import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -440,6 +442,8 @@ def resolve(args: argparse.Namespace) -> tuple[Settings, torch.device]:
     named = METHODS[method]
     refuse_without_effect(args, method)
     ckpt = args.ckpt or "tiny"
+    if short_name(ckpt) != Path(ckpt).name:  # "." is another folder elsewhere
+        ckpt = str(Path(ckpt).resolve())
     row, device = row_of(ckpt), find_device(args.device)
 
     def given(flag: str, default):
@@ -518,6 +522,33 @@ def naming_memory(doing: str) -> Iterator[None]:
         raise
 
 
+class Ended(BaseException):
+    """Somebody wants the program to end; what it was writing is removed on the way out."""
+
+    def __init__(self, number: int):
+        self.number = number
+
+
+@contextmanager
+def ended_in_order() -> Iterator[None]:
+    """SIGTERM and SIGHUP become Ended. While it trains and scores, run_folder.stop_signals listens
+    in its place."""
+
+    def end(number, frame):
+        raise Ended(number)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # which alone may listen
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) == signal.SIG_DFL:
+                before[number] = signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def exit_code(
     work: Callable[[], int],
     program: str,
@@ -547,8 +578,10 @@ def exit_code(
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
-        with naming_memory("while reading the model"):
+        with ended_in_order(), naming_memory("while reading the model"):
             return work()
+    except Ended as e:
+        return fail(128 + e.number, f"ended by {signal.Signals(e.number).name}")
     except SystemExit as e:  # argparse, after --help
         return e.code if isinstance(e.code, int) else 0 if e.code is None else fail(2, e.code)
     except (FlagError, RunError, processes.ProcessError) as e:

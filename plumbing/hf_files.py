@@ -8,6 +8,7 @@ code found in a file: safetensors cannot carry any, and pickles are opened with 
 Formats as written by transformers 4 and 5, PEFT 0.21, NVlabs/DoRA and AGI-Edgerunners/LLM-Adapters.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -96,7 +97,8 @@ def save_file(tensors: dict[str, Tensor], path: Path, metadata: dict | None = No
     write_file(tensors, path, metadata)
     umask = os.umask(0)
     os.umask(umask)
-    path.chmod(0o666 & ~umask)
+    with contextlib.suppress(OSError):  # some file systems have no modes
+        path.chmod(0o666 & ~umask)
 
 
 def finite(tensor: Tensor) -> Tensor:

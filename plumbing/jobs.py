@@ -653,8 +653,9 @@ def trace(args: argparse.Namespace) -> int:
     settings, device = resolve(args)
     out = Path(args.trace)
     run_folder.check_writable(out.parent)
-    if out.is_dir():
-        raise run_folder.RunError(f"{out} is a folder; --trace needs the name of a file")
+    if out.exists() and not out.is_file():  # a device would be replaced by a file
+        kind = "a folder" if out.is_dir() else "not a file"
+        raise run_folder.RunError(f"{out} is {kind}; --trace needs the name of a file")
     find_tokenizer(settings.ckpt)
     model = load_base(settings.ckpt, device, DTYPES[settings.dtype])
     torch.manual_seed(settings.seed)

@@ -423,7 +423,8 @@ def score(args: argparse.Namespace) -> int:
     """Answer all questions that have no answer yet, and count."""
     asked = who_is_asked(args)
     folder, ckpt = asked.folder, asked.ckpt
-    data = str(find_data(args.data or row_of(ckpt).tests))
+    named = args.data or row_of(ckpt).tests
+    data = str(find_data(named))
     tests = find_tests(data, args.tasks, args.limit)
     tokenizer = find_tokenizer(ckpt)
     out = (folder or Path("runs") / f"{short_name(ckpt)}-base") / "eval"
@@ -447,7 +448,7 @@ def score(args: argparse.Namespace) -> int:
             f"{folder} was replaced while it was read, by a training that still runs; score it "
             "again"
         )
-    facts = {"data": data, "merged": merged, "limit": args.limit}
+    facts = {"data": named, "merged": merged, "limit": args.limit}
     results = {"mean": None, "tasks": {}, **identity, **facts}
     title = title_of(asked, merged)
     processes.wait()  # all have looked at the folder before the first writes there

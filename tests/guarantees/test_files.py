@@ -122,3 +122,18 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_taken_for_a_damaged_one(
     result = run("--resume", tmp_path / "run")
     assert result.code == 1 and "Input/output error" in result.err
     assert tree(tmp_path / "run") == before
+
+
+def test_a_file_system_without_modes_is_written_to_all_the_same(world, tmp_path, monkeypatch):
+    def chmod(*args, **kwargs):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "chmod", chmod)
+    assert run(*flags(world, tmp_path / "run", **SHORT)).code == 0
+
+
+def test_a_device_is_not_replaced_by_a_file(world, tmp_path):
+    os.mkfifo(tmp_path / "device")
+    result = run("--ckpt", world.base, "--trace", tmp_path / "device")
+    refused(result, 2, "is not a file")
+    assert stat.S_ISFIFO((tmp_path / "device").stat().st_mode)

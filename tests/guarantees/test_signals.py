@@ -4,7 +4,7 @@ stopped."""
 import signal
 
 import pytest
-from helpers import at_step, flags, interrupt, make_world, outcome, run, score
+from helpers import at_step, flags, interrupt, jobs, make_world, outcome, refused, run, score
 
 from plumbing import scoring
 
@@ -73,3 +73,24 @@ def test_scoring_that_is_asked_to_stop_keeps_its_answers(world, whole, tmp_path,
     assert len((tmp_path / "boolq.jsonl").read_text().splitlines()) == 3
     monkeypatch.undo()
     assert score(*command).code == 0
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_merge_that_is_ended_leaves_nothing(world, whole, tmp_path, monkeypatch, name):
+    number, save = getattr(signal, name), jobs.save_llama
+
+    def ended(model, folder):
+        save(model, folder)
+        signal.raise_signal(number)
+
+    monkeypatch.setattr(jobs, "save_llama", ended)
+    before = signal.getsignal(number)
+    result = run("--merge", whole, "--out", tmp_path / "merged")
+    refused(result, 128 + number, f"ended by {name}")
+    assert list(tmp_path.iterdir()) == [] and signal.getsignal(number) == before
+
+
+def test_a_start_that_is_ended_before_its_first_step_leaves_nothing(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs, "plan_memory", lambda *a: signal.raise_signal(signal.SIGTERM))
+    assert run(*flags(world, tmp_path / "run", **SHORT)).code == 143
+    assert list(tmp_path.iterdir()) == []
