@@ -23,6 +23,7 @@ Where precision changes (base dtype: bf16 on CUDA; fp32 or bf16 on a CPU):
 import inspect
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -31,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import fast
 from plumbing.hf_config import config_json, read_config
 from plumbing.hf_files import TensorFiles, write_tensors
 
@@ -38,6 +40,10 @@ try:  # attention over rows of different lengths without padding: CUDA only, tor
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:
     varlen_attn = None
+# Its spelling of causal changed between torch 2.10 and 2.11, that of grouped heads after it.
+known = inspect.signature(varlen_attn).parameters if varlen_attn else ()
+VARLEN_CAUSAL = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+VARLEN_GROUPED = {"enable_gqa": True} if "enable_gqa" in known else {}
 
 
 @dataclass(frozen=True)
@@ -96,6 +102,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:  # (..., C) -> (..., C)
+        if x.is_cuda:  # the formula below as one kernel, rounded once, not twice
+            return F.rms_norm(x, (x.size(-1),), self.weight, self.eps)
         x32 = x.float()  # squares of bf16 activations lose too many bits
         normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
         return normed.type_as(x) * self.weight
@@ -115,18 +123,28 @@ def rope_frequencies(cfg: LlamaConfig, device: torch.device | None = None) -> Te
 
 
 def rope_tables(positions: Tensor, freqs: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin of position · frequency: (N,), (D/2,) -> two of (N, 1, D/2)."""
+    """What apply_rope multiplies with, fp32: (N,), (D/2,) -> two of (N, 1, D).
+
+    cos and sin of position · frequency. Each of the D/2 angles stands twice, for x[d] and for
+    x[d + D/2], and its sine is negative the first time.
+    """
     angles = torch.outer(positions.float(), freqs)[:, None]  # (N, 1, D/2)
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # (N, H, D) -> (N, H, D), fp32
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Rotate each pair (x[d], x[d + D/2]) by its angle; q·k then depends on distance alone.
 
-    The pairing is Hugging Face's. Meta's own files pair neighbours (x[2d], x[2d + 1]): tools/meta_to_hf.py.
+    (N, H, D) -> (N, H, D), computed in fp32 and rounded once, to `dtype`:
+
+        y[d]       = x[d] · cos - x[d + D/2] · sin
+        y[d + D/2] = x[d + D/2] · cos + x[d] · sin        that is, y = x · cos + roll(x, D/2) · sin
+
+    The pairing is Hugging Face's. Meta's own files pair neighbours (x[2d], x[2d + 1]):
+    tools/meta_to_hf.py.
     """
-    x1, x2 = x.float().chunk(2, dim=-1)
-    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
+    return fast.Rotation.apply(x, cos, sin, dtype)
 
 
 class Rows:
@@ -148,26 +166,32 @@ class Rows:
         start: int = 0,
         decoding: bool = False,
     ):
-        self.lengths, self.positions, self.start, self.decoding = (
-            lengths,
-            positions,
-            start,
-            decoding,
-        )
+        self.lengths, self.positions, self.start = lengths, positions, start
+        self.decoding = decoding
         self.cos, self.sin = rope
         self.B, self.T = len(lengths), max(lengths)
         self.even = min(lengths) == self.T
+        self.bounds = None
         device = positions.device
         counts = torch.tensor(lengths)
         ends = counts.cumsum(0)
         self.ends = ends.to(device)  # (B,) one past each row's last token
-        self.cu_seq = F.pad(ends, (1, 0)).to(
-            device, torch.int32
-        )  # (B + 1,) what varlen_attn asks for
+        self.cu_seq = F.pad(ends, (1, 0)).to(device, torch.int32)  # (B + 1,) as varlen_attn asks
         row = torch.arange(self.B).repeat_interleave(counts)  # (N,)
         column = torch.arange(len(row)) - (ends - counts)[row]  # (N,)
         self.row = row.to(device)
         self.slot = (row * self.T + column).to(device)  # (N,) place in the padded (B, T)
+
+    def bounds_in_cache(self, S: int) -> tuple[Tensor, Tensor]:
+        """What attend_in_cache tells the kernel, of a cache of S places a row: where queries begin
+        and end, where keys do; two segments a row, (2 B + 1,) both."""
+        if self.bounds is None:
+            starts = torch.arange(0, self.B * S, S, device=self.ends.device)
+            used = starts + self.positions[self.ends - 1] + 1
+            keys = F.pad(torch.stack([starts, used], 1).flatten(), (0, 1), value=self.B * S)
+            queries = F.pad(self.ends.repeat_interleave(2), (1, 0))  # 0, n, n, n + m, n + m, ...
+            self.bounds = queries.int(), keys.int()
+        return self.bounds
 
     def pad(self, x: Tensor) -> Tensor:  # (N, H, D) -> (B, H, T, D)
         """Rows of equal length for kernels that need them. Zeros on the right: no earlier token can see them."""
@@ -185,29 +209,26 @@ def attend(
 ) -> Tensor:
     """Causal attention inside every row: softmax(q·k / √D) v.
 
-    (N, H, D), (N, G, D), (N, G, D) -> (N, H, D). `past`: keys and values, each (G, P, D), that every row sees as if
-    they stood before its first token. On CUDA all rows go through one kernel, on a CPU they take turns; behind a past on
-    CUDA, and where neither is to be had, they are padded for the attention alone.
+    (N, H, D), (N, G, D), (N, G, D) -> (N, H, D). `past`: keys and values, each (G, P, D), that
+    every row sees as if they stood before its first token. On CUDA all rows go through one kernel,
+    on a CPU they take turns; behind a past on CUDA, and where neither is to be had, they are padded
+    for the attention alone.
     """
-    if varlen_attn is not None and q.is_cuda and q.dtype != torch.float32 and past is None:
-        return varlen_attn(
-            q,
-            k,
-            v,
-            rows.cu_seq,
-            rows.cu_seq,
-            rows.T,
-            rows.T,
-            **_varlen_flags(q.size(1) != k.size(1)),
-        )
+    if can_vary(q) and past is None:
+        return vary(q, k, v, rows.cu_seq, rows.cu_seq, rows.T, rows.T)
     if q.device.type == "cpu" and not rows.even:
-        each = zip(
-            *(x.transpose(0, 1).split(rows.lengths, dim=1) for x in (q, k, v))
-        )  # a row's (H, T, D), (G, T, D), (G, T, D)
-        return torch.cat(
-            [attend_evenly(*(x[None] for x in row), past)[0].transpose(0, 1) for row in each]
-        )
+        return attend_in_turn(q, k, v, rows, past)
     return rows.unpad(attend_evenly(rows.pad(q), rows.pad(k), rows.pad(v), past))
+
+
+@torch.compiler.disable  # or every other number of rows would be compiled anew
+def attend_in_turn(
+    q: Tensor, k: Tensor, v: Tensor, rows: Rows, past: tuple[Tensor, Tensor] | None
+) -> Tensor:
+    """attend(), row after row."""
+    each = zip(*(x.transpose(0, 1).split(rows.lengths, dim=1) for x in (q, k, v)))
+    one = lambda row: attend_evenly(*(x[None] for x in row), past)  # (1, H, T, D), (1, G, T, D) x 2
+    return torch.cat([one(row)[0].transpose(0, 1) for row in each])
 
 
 def attend_evenly(q: Tensor, k: Tensor, v: Tensor, past: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -218,8 +239,12 @@ def attend_evenly(q: Tensor, k: Tensor, v: Tensor, past: tuple[Tensor, Tensor] |
         torch.cat([p.to(x.dtype).expand(x.size(0), -1, -1, -1), x], dim=2)
         for p, x in zip(past, (k, v))
     )
-    T, S = q.size(2), k.size(2)
-    return sdpa(q, k, v, torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T))
+    return sdpa(q, k, v, causal_mask(q.size(2), k.size(2), q.device))
+
+
+def causal_mask(T: int, S: int, device: torch.device) -> Tensor:  # (T, S)
+    """What the last T of S places see."""
+    return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
@@ -229,11 +254,27 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = Fa
     )
 
 
-def _varlen_flags(grouped: bool) -> dict:
-    """varlen_attn's spelling of causal and grouped changed between torch 2.10 (is_causal) and 2.11 (window_size)."""
-    known = inspect.signature(varlen_attn).parameters
-    causal = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
-    return causal | ({"enable_gqa": grouped} if "enable_gqa" in known else {})
+def attend_in_cache(q: Tensor, keys: Tensor, values: Tensor, rows: Rows) -> Tensor:
+    """Attention to what the cache holds up to each token's place, without padding, on CUDA:
+    (N, H, D), two of (B, G, S, D) -> (N, H, D).
+
+    To the kernel the cache is one flat stream of B · S places. A row's places that are in use end
+    at its newest token; the unused ones behind them are a row of their own, which nothing asks for.
+    """
+    flat = lambda x: x.transpose(1, 2).flatten(0, 1)  # (B · S, G, D): how the cache lies in memory
+    S = keys.size(2)
+    return vary(q, flat(keys), flat(values), *rows.bounds_in_cache(S), max(rows.T, 2), S)
+
+
+def can_vary(q: Tensor) -> bool:
+    return varlen_attn is not None and q.is_cuda and q.dtype != torch.float32
+
+
+def vary(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, T: int, S: int) -> Tensor:
+    flags = dict(VARLEN_CAUSAL)
+    if q.size(1) != k.size(1):
+        flags |= VARLEN_GROUPED
+    return varlen_attn(q, k, v, cu_q, cu_k, T, S, **flags)
 
 
 class KVCache:
@@ -242,9 +283,10 @@ class KVCache:
     def __init__(self, model: "Llama", B: int, S: int):
         cfg, weight = model.cfg, model.embed_tokens.weight
         shape = (cfg.n_layers, B, cfg.n_kv_heads, S, cfg.head_dim)
-        self.k, self.v = (
-            torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in range(2)
-        )
+        if weight.is_cuda:  # a place's heads side by side, as attend_in_cache reads them
+            shape = (cfg.n_layers, B, S, cfg.n_kv_heads, cfg.head_dim)
+        new = lambda: torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+        self.k, self.v = (new().transpose(2, 3) if weight.is_cuda else new() for _ in range(2))
 
     def share_first_row(self, n: int) -> None:
         """Give every row what the first has in its first n places."""
@@ -278,38 +320,40 @@ class Attention(nn.Module):
         Where there is a cache, the past is what it holds before the rows' first places: the same for every row.
         """
         N = x.size(0)
-        dtype = (
-            x.dtype if x.is_cuda else torch.float32
-        )  # CPU kernels are quicker, and exact, in fp32
-        q = apply_rope(self.q_proj(x).view(N, self.n_heads, -1), rows.cos, rows.sin).to(
-            dtype
-        )  # (N, H, D)
-        k = apply_rope(self.k_proj(x).view(N, self.n_kv_heads, -1), rows.cos, rows.sin).to(
-            dtype
-        )  # (N, G, D)
+        dtype = x.dtype if x.is_cuda else torch.float32  # CPU kernels are quicker, and exact, in it
+        rope = rows.cos, rows.sin, dtype
+        q = apply_rope(self.q_proj(x).view(N, self.n_heads, -1), *rope)  # (N, H, D)
+        k = apply_rope(self.k_proj(x).view(N, self.n_kv_heads, -1), *rope)  # (N, G, D)
         v = self.v_proj(x).view(N, self.n_kv_heads, -1).to(dtype)  # (N, G, D)
-        if cache is not None:
+        if cache is None:
+            y = attend(q, k, v, rows, past)
+        else:
             for place, new, old in zip(cache, (k, v), past or (None, None)):
                 place[rows.row, :, rows.positions] = new.to(place.dtype)
                 if old is not None and not rows.decoding:
                     place[:, :, : old.size(1)] = old
-            past = tuple(place[0, :, : rows.start] for place in cache) if rows.start else None
-        y = self.decode(q, rows, *cache) if rows.decoding else attend(q, k, v, rows, past)
+            y = self.look_back(q, rows, *cache)
         return self.o_proj(y.flatten(1).to(x.dtype))
 
+    def look_back(self, q: Tensor, rows: Rows, keys: Tensor, values: Tensor) -> Tensor:
+        """Every token looks at its row's places in the cache, (B, G, S, D), up to its own:
+        (N, H, D) -> (N, H, D)."""
+        if can_vary(q):
+            return attend_in_cache(q, keys, values, rows)
+        if rows.decoding:
+            return self.decode(q, rows, keys, values)
+        S = rows.start + rows.T  # places up to the longest row's last
+        k, v = (x[: rows.B, :, :S].to(q.dtype) for x in (keys, values))
+        return rows.unpad(sdpa(rows.pad(q), k, v, causal_mask(rows.T, S, q.device)))
+
     def decode(self, q: Tensor, rows: Rows, keys: Tensor, values: Tensor) -> Tensor:
-        """One new token a row, looking at what the cache holds up to the row's own position: (B, H, D) -> (B, H, D)."""
-        visible = (torch.arange(keys.size(2), device=q.device) <= rows.positions[:, None])[
-            :, None, None
-        ]  # (B, 1, 1, S)
-        q = q.view(
-            rows.B, self.n_kv_heads, -1, self.head_dim
-        )  # (B, G, H/G, D): the queries that share a key head
+        """look_back() of one new token a row, by plain products: (B, H, D) -> (B, H, D)."""
+        places = torch.arange(keys.size(2), device=q.device)
+        visible = (places <= rows.positions[:, None])[:, None, None]  # (B, 1, 1, S)
+        q = q.view(rows.B, self.n_kv_heads, -1, self.head_dim)  # (B, G, H/G, D): sharing a key head
         if q.is_cuda:
             return sdpa(q, keys, values, visible).flatten(1, 2)
-        q = (q * self.head_dim**-0.5).to(
-            keys.dtype
-        )  # for so few queries plain products read a CPU's memory faster
+        q = (q * self.head_dim**-0.5).to(keys.dtype)  # few queries: this reads memory faster
         scores = (q @ keys.transpose(2, 3)).masked_fill(~visible, -torch.inf)  # (B, G, H/G, S)
         return (scores.softmax(-1, torch.float32).to(values.dtype) @ values).flatten(1, 2)
 
@@ -392,45 +436,61 @@ def common_prefix(prompts: list[list[int]]) -> int:
 
 
 @torch.inference_mode()
-def generate(model: Llama, prompts: list[list[int]], max_new: int, eos: int) -> list[list[int]]:
+def generate(
+    model: Llama, prompts: list[list[int]], max_new: int, eos: int, draft: Sequence[int] = ()
+) -> list[list[int]]:
     """Greedy continuations of several prompts at once, each up to its eos, which is left out.
 
-    One pass over what all prompts begin with and one over the rest of each fill the cache; then each pass adds one token
-    to every row, at that row's own position. What one row says does not depend on the others: rows never see each other,
+    One pass over what all prompts begin with and one over the rest of each fill the cache; then
+    each pass adds one token to every row, at that row's own position. Rows never see each other,
     and padding is never seen at all.
+
+    draft: how an answer may well begin. It stands behind each prompt in the second pass, and is
+    kept as far as it is what the model says greedily: the same answers in fewer passes. What a
+    dropped token left in the cache is overwritten before it can be seen.
     """
-    if not prompts:
-        return []
+    if not prompts or max_new < 1:
+        return [[] for _ in prompts]
     if not all(prompts):
         raise ValueError("an empty prompt: give the begin token at least")
-    device, P = model.embed_tokens.weight.device, model.layers[0].self_attn.prefix_len
+    device, P, B = (
+        model.embed_tokens.weight.device,
+        model.layers[0].self_attn.prefix_len,
+        len(prompts),
+    )
+    draft = list(draft)[: max_new - 1]
     lengths, shared = [len(p) for p in prompts], common_prefix(prompts)
-    cache = KVCache(model, len(prompts), P + max(lengths) + max_new)
+    cache = KVCache(model, B, P + max(lengths) + max_new)
     if shared:
         model.hidden(torch.tensor(prompts[0][:shared], device=device), model.rows([shared]), cache)
         cache.share_first_row(P + shared)
-    rows = model.rows([n - shared for n in lengths], shared)
-    hidden = model.hidden(
-        torch.tensor([i for p in prompts for i in p[shared:]], device=device), rows, cache
-    )
-    hidden = hidden[rows.ends - 1]  # (B, C) only the last token speaks
-    positions = P + torch.tensor(lengths, device=device)  # (B,) where the next token goes
-    out = torch.full((len(prompts), max_new), eos, device=device)  # (B, max_new)
-    done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    for step in range(max_new):
-        token = (
-            model.lm_head(hidden).float().argmax(-1).masked_fill(done, eos)
-        )  # (B,); argmax over bf16 is slow on a CPU
-        out[:, step] = token
-        done |= token == eos
-        if step + 1 == max_new or done.all():
-            break
+    rows = model.rows([n - shared + len(draft) for n in lengths], shared)
+    ids = torch.tensor([i for p in prompts for i in p[shared:] + draft], device=device)
+    hidden = model.hidden(ids, rows, cache)
+    speaking = rows.ends[:, None] - torch.arange(len(draft) + 1, 0, -1, device=device)
+    said = greedy(model, hidden[speaking])  # (B, n + 1) behind the prompt and each draft token
+    right = said[:, :-1] == torch.tensor(draft, device=device)  # (B, n)
+    kept = right.cumprod(1).sum(1)  # (B,) how much of the draft the model says itself
+    out = torch.full((B, max_new), eos, device=device)  # (B, max_new)
+    drafted = torch.arange(len(draft), device=device) < kept[:, None]
+    out[:, : len(draft)] = said[:, :-1].masked_fill(~drafted, eos)
+    token = said.gather(1, kept[:, None]).squeeze(1)  # (B,) the first of its own
+    positions, column = P + torch.tensor(lengths, device=device) + kept, kept
+    done = torch.zeros(B, dtype=torch.bool, device=device)
+    row = torch.arange(B, device=device)
+    while True:
+        out[row, column] = torch.where(done, out[row, column], token)
+        done |= (token == eos) | (column + 1 == max_new)
+        if done.all():
+            return [row[: row.index(eos)] if eos in row else row for row in out.tolist()]
         rope = rope_tables(positions, rope_frequencies(model.cfg, device))
-        hidden = model.hidden(
-            token, Rows([1] * len(prompts), positions, rope, decoding=True), cache
-        )
-        positions = positions + 1
-    return [row[: row.index(eos)] if eos in row else row for row in out.tolist()]
+        step = Rows([1] * B, positions, rope, decoding=True)
+        token = greedy(model, model.hidden(token, step, cache))
+        positions, column = positions + ~done, column + ~done
+
+
+def greedy(model: Llama, hidden: Tensor) -> Tensor:  # (..., C) -> (...) token ids
+    return model.lm_head(hidden).float().argmax(-1)  # argmax over bf16 is slow on a CPU
 
 
 def open_llama(

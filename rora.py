@@ -28,7 +28,7 @@ The other letters of shapes are in llama.py. There, B is a number of rows; here,
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -87,7 +87,7 @@ class LoRALinear(nn.Module):
         y = self.base(x)
         low = F.linear(self.dropout(x), A)  # (..., r)
         flat, low = y.view(-1, y.size(-1)), low.view(-1, low.size(-1))
-        return torch.addmm(flat, low, B.t(), alpha=self.scaling).view_as(y)
+        return flat.addmm_(low, B.t(), alpha=self.scaling).view_as(y)
 
     def cast(self) -> tuple[Tensor, Tensor]:
         """A and B in the base's dtype, for the products; gradients reach the fp32 originals."""
@@ -300,6 +300,17 @@ def targets_in(records: list[Record]) -> int:
     return sum(len(r.ids) - r.split for r in records)
 
 
+def backward(
+    model: Llama, batches: Iterable[Batch], count: int, recomputed: int
+) -> Iterator[Tensor]:
+    """Add each micro-batch's gradient, tell its share of the loss. So does fast.Graphs.backward."""
+    with fast.held(model):
+        for batch in batches:
+            loss = loss_sum(model, batch, recomputed) / count
+            loss.backward()
+            yield loss.detach()
+
+
 def train_step(
     model: Llama,
     records: list[Record],
@@ -309,6 +320,7 @@ def train_step(
     recomputed: int = 0,
     clip: float = 1.0,
     team=None,
+    backward=backward,
 ) -> tuple[float, float]:
     """One update on one batch; returns (mean loss per target, gradient norm before clipping).
 
@@ -319,11 +331,11 @@ def train_step(
     params = [p for group in optimizer.param_groups for p in group["params"]]
     total, count = torch.zeros((), device=params[0].device), targets_in(records)
     mine = team.share(records) if team else records
-    with fast.held(model):
-        for i in range(0, len(mine), micro_batch_size):
-            loss = loss_sum(model, collate(mine[i : i + micro_batch_size]), recomputed) / count
-            loss.backward()
-            total += loss.detach()
+    batches = (
+        collate(mine[i : i + micro_batch_size]) for i in range(0, len(mine), micro_batch_size)
+    )
+    for loss in backward(model, batches, count, recomputed):
+        total += loss
     if team:
         team.add_gradients(params)
         team.add(total)
@@ -355,7 +367,13 @@ def validation_loss(model: Llama, records: list[Record], micro_batch_size: int, 
 
 
 def train(
-    model: Llama, records: list[Record], recipe: Recipe, optimizer: Optimizer, done=0, team=None
+    model: Llama,
+    records: list[Record],
+    recipe: Recipe,
+    optimizer: Optimizer,
+    done: int = 0,
+    team=None,
+    backward=backward,
 ) -> Iterator[Step]:
     """Sec. IV's loop: update after update, each told to whoever iterates. It neither prints nor
     writes: logs, validation, the best adapter, checkpoints and Ctrl-C are the caller's. The last
@@ -369,8 +387,9 @@ def train(
         batch = [records[j] for j in order[i * recipe.batch_size : (i + 1) * recipe.batch_size]]
         lr = learning_rate(step, recipe.steps, recipe.lr, recipe.warmup)
         began = time.perf_counter()
+        size, again = recipe.micro_batch_size, recipe.recomputed
         loss, norm = train_step(
-            model, batch, optimizer, lr, recipe.micro_batch_size, recipe.recomputed, team=team
+            model, batch, optimizer, lr, size, again, team=team, backward=backward
         )
         optimizer.zero_grad()
         seconds = time.perf_counter() - began

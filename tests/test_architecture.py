@@ -11,7 +11,7 @@ from conftest import ROOT
 MAY_IMPORT = {
     "data": {"plumbing.hf_files", "plumbing.tokenizer_files"},
     "fast": set(),
-    "llama": {"plumbing.hf_config", "plumbing.hf_files"},
+    "llama": {"fast", "plumbing.hf_config", "plumbing.hf_files"},
     "baselines": {"llama"},
     "rora": {
         "baselines",

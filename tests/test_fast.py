@@ -1,0 +1,158 @@
+"""Each faster way beside the plain one that it equals; tests/test_gpu.py has those of a GPU."""
+
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+
+import fast
+import rora
+from conftest import SMALL, shake
+from data import Record, collate
+from llama import Llama, apply_rope, generate, rope_tables
+
+LENGTHS = [9, 5, 12, 7, 4]
+
+
+def draw(n: int, seed: int) -> list[int]:
+    return torch.randint(3, 64, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def test_rope_is_the_two_lines_of_the_formula_to_the_bit_and_so_is_its_gradient():
+    x = torch.randn(30, 4, 16, requires_grad=True)
+    cos, sin = rope_tables(torch.arange(30), 1e4 ** -(torch.arange(0, 16, 2) / 16))
+    c, s = cos[..., :8], sin[..., 8:]  # each angle once
+    x1, x2 = x.chunk(2, -1)
+    plain = torch.cat([x1 * c - x2 * s, x2 * c + x1 * s], -1)
+    turned, d = apply_rope(x, cos, sin), torch.randn(30, 4, 16)
+    assert torch.equal(turned, plain)
+    assert torch.equal(*(torch.autograd.grad(y, x, d)[0] for y in (turned, plain)))
+
+
+def test_the_gradient_of_a_rotation_is_the_rotation_back():
+    x, (cos, sin) = torch.randn(30, 4, 16), rope_tables(torch.arange(30), torch.rand(8))
+    there = fast.rotate(x, cos, sin)
+    assert torch.allclose(fast.rotate(there, cos, -sin), x, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", [m for m in rora.METHODS if m != "prefix"])
+@pytest.mark.parametrize("size", [5, 2], ids=["one micro-batch", "three"])
+def test_a_micro_batch_filled_up_to_a_round_size_has_the_same_loss_and_gradients(
+    method, size, monkeypatch
+):
+    """What CUDA graphs replay: rows without tokens, and one of padding that predicts nothing."""
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(fast.Graphs, "record", lambda *_: None)
+    monkeypatch.setattr(fast.Graphs, "replay", lambda g, rows, inputs: g.work(rows, *inputs))
+    torch.manual_seed(0)
+    model = Llama(SMALL)
+    rora.attach(model, method, 4)
+    shake(model)
+    records = [Record(draw(n, i), 1 + i % 3, i) for i, n in enumerate(LENGTHS)]
+    graphs = fast.Graphs(model, size + 1, 24, 12, step=16)
+    found = []
+    for backward in (rora.backward, graphs.backward):
+        model.zero_grad()
+        batches = (collate(records[i : i + size]) for i in range(0, 5, size))
+        loss = sum(backward(model, batches, rora.targets_in(records), 0))
+        grads = [p.grad.clone() for p in rora.trainable(model).values()]
+        found.append((loss, grads))
+    (loss, grads), (there, theirs) = found
+    assert torch.allclose(loss, there, rtol=1e-6)
+    for a, b in zip(grads, theirs):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_dora_s_norms_are_computed_anew_when_the_base_moves_elsewhere():
+    torch.manual_seed(0)
+    model = Llama(SMALL)
+    rora.attach(model, "dora", 4)
+    before = fast.factored_norms(model)
+    layer = next(iter(before))
+    layer.base.weight = torch.nn.Parameter(2 * layer.base.weight, requires_grad=False)
+    assert torch.allclose(fast.factored_norms(model)[layer], layer.norm())
+    assert not torch.allclose(before[layer], layer.norm())
+
+
+def test_norms_of_layers_of_one_shape_taken_together_are_each_layer_s_own(monkeypatch):
+    """As on a GPU, where a launch for each layer would cost more than its work."""
+    monkeypatch.setattr(fast, "alike", by_shape)
+    torch.manual_seed(0)
+    model = Llama(SMALL)
+    rora.attach(model, "dora", 4)
+    shake(model)
+    for layer, norm in fast.factored_norms(model).items():
+        assert torch.allclose(norm, layer.norm(), rtol=1e-5)
+
+
+def by_shape(layers: list) -> list[list]:
+    groups: dict = {}
+    for layer in layers:
+        groups.setdefault(layer.base.weight.shape, []).append(layer)
+    return list(groups.values())
+
+
+@pytest.mark.parametrize("method", [None, "prefix"])
+def test_a_draft_changes_no_answer_and_saves_passes(method, monkeypatch):
+    torch.manual_seed(0)
+    model = Llama(SMALL)
+    if method:
+        rora.attach(model, method, 4)
+    prompts = [[1, 5, 9, *draw(n, n)] for n in (3, 11, 6, 1)]
+    plain = generate(model, prompts, 9, eos=2)
+    passes, hidden = [], Llama.hidden
+    count = lambda *a, **k: passes.append(0) or hidden(*a, **k)
+    monkeypatch.setattr(Llama, "hidden", count)
+    for draft in (plain[0][:4], plain[2][:8], [7], [7] * 30, plain[1] + [9, 9]):
+        assert generate(model, prompts, 9, 2, draft) == plain
+        for prompt, answer in zip(prompts, plain):
+            assert generate(model, [prompt], 9, 2, draft) == [answer]
+    passes.clear()
+    generate(model, prompts[:1], 9, 2)
+    without = len(passes)
+    passes.clear()
+    generate(model, prompts[:1], 9, 2, plain[0][:4])
+    assert len(passes) == without - min(4, len(plain[0]))
+
+
+def test_greedy_answers_are_those_of_whole_texts_without_a_cache():
+    torch.manual_seed(0)
+    model = Llama(SMALL)
+    prompts = [[1, 5, *draw(n, n)] for n in (3, 11, 6, 1, 8)]
+    whole = []
+    for prompt in prompts:
+        ids = list(prompt)
+        while len(ids) < len(prompt) + 7 and (len(ids) == len(prompt) or ids[-1] != 2):
+            with torch.no_grad():
+                ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
+        whole.append([i for i in ids[len(prompt) :] if i != 2])
+    for size in (1, 2, 3, 5):
+        for draft in ([], whole[0][:3]):
+            said = []
+            for i in range(0, 5, size):
+                said += generate(model, prompts[i : i + size], 7, 2, draft)
+            assert said == whole
+
+
+def test_compiled_blocks_are_compiled_once_for_all_lengths():
+    """backend="eager": what is recorded and when is Dynamo's part, and needs no compiler."""
+    import torch._dynamo as dynamo
+
+    dynamo.reset()
+    logging.getLogger("torch.__trace").setLevel(logging.ERROR)  # or pytest keeps all it says
+    torch.manual_seed(0)
+    model = Llama(replace(SMALL, n_layers=1))
+    rora.attach(model, "rora", 4, dropout=0.1)
+    for block in model.train().layers:
+        block.compile(dynamic=True, backend="eager")
+
+    def step(lengths: list[int]) -> None:
+        records = [Record(draw(n, n), 1, n) for n in lengths]
+        sum(rora.backward(model, [collate(records)], rora.targets_in(records), 0))
+
+    step([7, 9, 12])
+    with dynamo.config.patch(error_on_recompile=True):
+        for lengths in ([5, 6], [20, 3, 8, 9], [14, 13]):
+            step(lengths)
+    dynamo.reset()
