@@ -42,6 +42,7 @@ SHAPES = {
     "toy": LlamaConfig(64, 2, 4, 4, 172),  # to see that all of it runs
     "small": LlamaConfig(512, 8, 8, 8, 1376),  # LLaMA-7B's proportions at an eighth of its width
     "wide": LlamaConfig(2048, 8, 16, 16, 5504),  # a gigabyte: for loading
+    "small-135m": LlamaConfig(576, 30, 9, 3, 1536, 32000),  # launches, not products, take its step
     "llama-7b": LlamaConfig(),
     "llama-13b": LlamaConfig(5120, 40, 40, 40, 13824),
     "llama3-8b": LlamaConfig(4096, 32, 32, 8, 14336, 128256, 1e-5, 500000.0, 8192),
@@ -200,13 +201,25 @@ def their_model(spec: dict, device: torch.device):
 
 
 def their_training(spec: dict, device: torch.device) -> Job:
+    batch = training_batches(config(spec))
+    train, _ = their_step(spec, their_model(spec, device), device)
+
+    def step(turn: dict) -> dict:
+        records = batch(turn)
+        padded_tokens = train(records)
+        return {"tokens": sum(len(r.ids) for r in records), "padded": padded_tokens}
+
+    return step
+
+
+def their_step(spec: dict, base, device: torch.device):
+    """(a step on a list of records, which says how many tokens it computed; the PEFT model)."""
     from peft import LoraConfig, get_peft_model
 
-    batch, model = training_batches(config(spec)), their_model(spec, device)
     if spec.get("recompute"):
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        base.gradient_checkpointing_enable({"use_reentrant": False})
     model = get_peft_model(
-        model,
+        base,
         LoraConfig(
             r=spec["rank"],
             lora_alpha=ALPHA,
@@ -221,8 +234,8 @@ def their_training(spec: dict, device: torch.device) -> Job:
     assert {p.dtype for p in params} == {torch.float32}
     optimizer = torch.optim.AdamW(params, lr=LR, weight_decay=0.0, fused=True)
 
-    def step(turn: dict) -> dict:
-        rows = [r.ids for r in batch(turn)]
+    def step(records: list[Record]) -> int:
+        rows = [r.ids for r in records]
         ids, labels = (padded(rows, "right", fill, device) for fill in (0, -100))
         with torch.autocast(device.type, torch.bfloat16, enabled=bool(spec.get("autocast"))):
             loss = model(
@@ -236,9 +249,9 @@ def their_training(spec: dict, device: torch.device) -> Job:
         optimizer.step()
         optimizer.zero_grad()
         assert loss.isfinite()  # waits for the device, as ours does
-        return {"tokens": sum(map(len, rows)), "padded": ids.numel()}
+        return ids.numel()
 
-    return step
+    return step, model
 
 
 def their_answers(spec: dict, device: torch.device) -> Job:
