@@ -62,7 +62,6 @@ class LoRALinear(nn.Module):
     targets = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
     any_target = True
     scale = "linear"
-    peft: dict[str, object] = {"peft_type": "LORA"}
     held = None  # what cast() answers while fast.held lasts
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0):
