@@ -390,6 +390,12 @@ def add_speed_flags(group) -> None:
         default=None,
         help="torch.compile each block: a minute at the start, then faster steps on a GPU",
     )
+    group.add_argument(
+        "--graphs",
+        action="store_true",
+        default=None,
+        help="record steps as CUDA graphs and replay them: faster where a GPU waits for its host",
+    )
 
 
 def add_output_flags(group) -> None:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields, replace
 from importlib.metadata import version
@@ -36,6 +36,7 @@ from data import (
 )
 from llama import Llama, LlamaConfig, open_llama, save_llama
 from plumbing import __version__, memory, processes, refuse, run_folder
+from plumbing.faster import hastened, refuse_uncompilable
 from plumbing.finding import (
     base_identity,
     find_adapter,
@@ -225,12 +226,14 @@ def start(args: argparse.Namespace) -> int:
     folder = Path(args.out or f"runs/{name}")
     run_folder.check_writable(folder)
     refuse_existing(folder, args.overwrite)
+    how = how_fast(args, device)
     model, records, held_out = prepare(settings, device)
     processes.wait()  # all have looked at the folder before the first fills it
     run_json = {
         "settings": asdict(settings),
         **facts(settings, model),
         "steps": total_steps(records, settings),
+        **how,
         "best_step": None,
         "finished": False,
     }
@@ -239,7 +242,15 @@ def start(args: argparse.Namespace) -> int:
             refuse_existing(folder, args.overwrite)  # another run may have come and gone since
             clear(folder, run_json)
         with leaving_nothing(folder):
-            return fit(model, records, held_out, settings, folder, run_json, compiled=args.compile)
+            return fit(model, records, held_out, settings, folder, run_json)
+
+
+def how_fast(args: argparse.Namespace, device: torch.device, before: dict | None = None) -> dict:
+    """What run.json says of --compile and --graphs; a resumed run goes on as it was."""
+    how = {name: bool(getattr(args, name) or (before or {}).get(name)) for name in FASTER}
+    if how["compile"]:
+        refuse_uncompilable(device)
+    return how
 
 
 @contextmanager
@@ -306,7 +317,9 @@ def resume(args: argparse.Namespace) -> int:
             refuse_without_checkpoint(folder, complaints)
         for complaint in complaints:
             print(f"note: {complaint}; using the older {newest}", file=sys.stderr)
-        model, records, held_out = prepare(settings, find_device(args.device))
+        device = find_device(args.device)
+        run_json |= how_fast(args, device, run_json)
+        model, records, held_out = prepare(settings, device)
         now = facts(settings, model)
         for key, what, flag in [
             ("data_sha256", settings.data, "--data"),
@@ -325,7 +338,7 @@ def resume(args: argparse.Namespace) -> int:
         if processes.first():  # the places of the damaged are needed: these steps come again
             for damaged in run_folder.checkpoints(folder)[: len(complaints)]:
                 run_folder.discard(damaged)
-        return fit(model, records, held_out, settings, folder, run_json, newest, args.compile)
+        return fit(model, records, held_out, settings, folder, run_json, newest)
 
 
 def changed(folder: Path, settings: Settings, args: argparse.Namespace) -> Settings:
@@ -413,7 +426,6 @@ def fit(
     folder: Path,
     run_json: dict,
     newest: Path | None = None,
-    compiled: bool | None = None,
 ) -> int:
     """Say what will be done, do it, say what came of it."""
     steps = total_steps(records, settings)
@@ -430,15 +442,15 @@ def fit(
             f"note: the warm-up of {settings.warmup} steps is not over after {steps}: lr never "
             f"reaches {settings.lr:g}; see --warmup"
         )
-    plan, _, recomputed = plan_memory(model, records, settings)
-    if compiled:
-        for layer in model.layers:
-            layer.compile(dynamic=True)  # one compilation for all lengths
+    plan, largest, recomputed = plan_memory(model, records, settings)
     free = memory.available(model.lm_head.weight.device) + plan.weights
     if recomputed or model.lm_head.weight.is_cuda or plan.total(recomputed) > free:
         print(memory_line(plan, recomputed, free), flush=True)
     try:
-        state = follow(model, records, held_out, settings, recomputed, folder, run_json, newest)
+        backward = hastened(model, settings, recomputed, largest, run_json)
+        state = follow(
+            model, records, held_out, settings, recomputed, folder, run_json, newest, backward
+        )
     except run_folder.Stopped as e:
         again = command(together=processes.world())
         print(f"stopped; to go on: {again} --resume {shlex.quote(str(folder))}")
@@ -446,7 +458,9 @@ def fit(
     except OutOfMemory as e:
         raise OutOfMemory(f"{e}; {memory_line(plan, recomputed, free)}") from None
     except RuntimeError as e:
-        if compiled and type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        if run_json.get("compile") and type(e).__module__.startswith(
+            ("torch._dynamo", "torch._inductor")
+        ):
             raise CompileError(f"--compile failed ({first_line(e)}); leave it out") from None
         raise
     end = {key: state[key] for key in ("best_step", "best_loss")}
@@ -483,6 +497,7 @@ def check(args: argparse.Namespace) -> int:
     config.json alone; then, if it fits and the weights are there, the longest micro-batch and three
     steps for real."""
     settings, device = resolve(args)
+    how = how_fast(args, device)
     idle = peak_memory(device)  # on a CPU: what Python and torch take by themselves
     folder = find_checkpoint(settings.ckpt)
     weights, tokenizer = has_weights(folder), None
@@ -520,7 +535,9 @@ def check(args: argparse.Namespace) -> int:
     batches = []
     for i in range(0, min(len(order), 3 * settings.batch_size), settings.batch_size):
         batches.append([records[j] for j in order[i : i + settings.batch_size]])
-    speed = measure(model, settings, recomputed, batches, largest)
+    model.train()
+    backward = hastened(model, settings, recomputed, largest, how)
+    speed = measure(model, settings, recomputed, batches, largest, backward)
     taken = f"{(peak_memory(device) - idle) / 1e9:.1f} GB"
     if device.type != "cuda":
         own = f"{idle / 1e9:.1f} of Python and torch"
@@ -557,6 +574,7 @@ def measure(
     recomputed: int,
     batches: list[list[Record]],
     largest: list[Record],
+    backward: Callable,
 ) -> float:
     """Tokens per second over real steps on `batches`. The largest micro-batch comes last, when
     AdamW's moments are there."""
@@ -574,6 +592,7 @@ def measure(
             settings.micro_batch_size,
             recomputed,
             team=team(),
+            backward=backward,
         )
         optimizer.zero_grad()
         if counts:
@@ -716,7 +735,8 @@ def main(argv: list[str] | None = None) -> int:
     return exit_code(work, "rora")
 
 
-TRAINING = {f.name for f in fields(Settings)} | {"device", "compile"}
+FASTER = ("compile", "graphs")
+TRAINING = {f.name for f in fields(Settings)} | {"device", *FASTER}
 TRACED = {"ckpt", "method", "scale", "rank", "alpha", "targets", "seed", "device", "dtype"}
 JOBS = {  # the flag that asks for it: (what does it, the flags that it takes)
     None: (start, TRAINING | {"out", "overwrite"}),

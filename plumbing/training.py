@@ -8,6 +8,7 @@ import math
 import platform
 import resource
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import rora
 from data import Record
 from llama import Llama
 from plumbing import processes, refuse, run_folder
+from plumbing.faster import as_it_stands
 from plumbing.flags import NothingLearned, Settings, naming_memory
 from plumbing.hf_files import CheckpointError, save_file, some
 from plumbing.peft_files import read_adapter, write_adapter
@@ -49,6 +51,7 @@ def follow(
     folder: Path,
     run_json: dict,
     resume: Path | None,
+    backward: Callable = rora.backward,
 ) -> dict:
     """Train, and do after every step what is due. Returns the final state.
 
@@ -68,7 +71,8 @@ def follow(
             seed=settings.seed,
             recomputed=recomputed,
         )
-        updates = rora.train(model, records, recipe, run.optimizer, run.state["step"], team())
+        done = run.state["step"]
+        updates = rora.train(model, records, recipe, run.optimizer, done, team(), backward)
         while run.state["step"] < steps:
             step = next_step(updates, run.state["step"] + 1, settings)
             run.log(step)
@@ -213,7 +217,7 @@ class Run:
 
     def validate(self) -> None:
         number = self.state["step"]
-        with naming_memory(f"in the validation after step {number}"):
+        with naming_memory(f"in the validation after step {number}"), as_it_stands(self.run_json):
             value = rora.validation_loss(
                 self.model, self.held_out, self.settings.micro_batch_size, team()
             )
