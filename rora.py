@@ -156,9 +156,7 @@ class DoRALinear(LoRALinear):
 
 
 @dataclass(frozen=True)
-class Method:
-    """A row of METHODS: with the class, all that other files know of a method."""
-
+class Method:  # with the class itself, all that other files know of a method
     layer: type[Any]  # an Adapter, as baselines.py describes it
     rank: int = 32  # the default, and
     rank_is: str = "rank"  # what it counts
@@ -254,9 +252,7 @@ class Recipe:
     recomputed: int = 0  # blocks that keep their input alone and run again in backward
 
 
-class Step(NamedTuple):
-    """One update, as `train` tells of it."""
-
+class Step(NamedTuple):  # one update, as `train` tells of it
     number: int  # from 1
     epoch: float
     batch: list[Record]
@@ -299,9 +295,7 @@ def targets_in(records: list[Record]) -> int:
     return sum(len(r.ids) - r.split for r in records)
 
 
-def backward(
-    model: Llama, batches: Iterable[Batch], count: int, recomputed: int
-) -> Iterator[Tensor]:
+def backward(model, batches: Iterable[Batch], count: int, recomputed: int) -> Iterator[Tensor]:
     """Add each micro-batch's gradient, tell its share of the loss. So does fast.Graphs.backward."""
     with fast.held(model):
         for batch in batches:
@@ -330,9 +324,8 @@ def train_step(
     params = [p for group in optimizer.param_groups for p in group["params"]]
     total, count = torch.zeros((), device=params[0].device), targets_in(records)
     mine = team.share(records) if team else records
-    batches = (
-        collate(mine[i : i + micro_batch_size]) for i in range(0, len(mine), micro_batch_size)
-    )
+    starts = range(0, len(mine), micro_batch_size)
+    batches = (collate(mine[i : i + micro_batch_size]) for i in starts)
     for loss in backward(model, batches, count, recomputed):
         total += loss
     if team:
@@ -387,9 +380,7 @@ def train(
         lr = learning_rate(step, recipe.steps, recipe.lr, recipe.warmup)
         began = time.perf_counter()
         size, again = recipe.micro_batch_size, recipe.recomputed
-        loss, norm = train_step(
-            model, batch, optimizer, lr, size, again, team=team, backward=backward
-        )
+        loss, norm = train_step(model, batch, optimizer, lr, size, again, 1.0, team, backward)
         optimizer.zero_grad()
         seconds = time.perf_counter() - began
         yield Step(step + 1, (step + 1) / per_epoch, batch, lr, loss, norm, seconds)
