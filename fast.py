@@ -11,14 +11,21 @@
 rora.py and llama.py can be read, and would be right, without this file.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+if TYPE_CHECKING:  # these files import this one
+    from llama import Llama
+    from rora import DoRALinear, LoRALinear
 
 TINY = torch.finfo(torch.float32).tiny
 
@@ -34,7 +41,7 @@ def held(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def held_norms(norms: dict[nn.Module, Tensor]) -> Iterator[None]:
+def held_norms(norms: dict[DoRALinear, Tensor]) -> Iterator[None]:
     for layer, norm in norms.items():
         layer.held_norm = norm
     try:
@@ -46,7 +53,7 @@ def held_norms(norms: dict[nn.Module, Tensor]) -> Iterator[None]:
 
 @contextmanager
 def held_casts(model: nn.Module) -> Iterator[None]:
-    layers = [m for m in model.modules() if hasattr(m, "held")]
+    layers: list[LoRALinear] = layers_with(model, "held")
     for layer in layers:
         layer.held = layer.cast()
     try:
@@ -56,8 +63,13 @@ def held_casts(model: nn.Module) -> Iterator[None]:
             layer.held = None
 
 
+def layers_with(model: nn.Module, name: str) -> list:
+    """The adapters that have this attribute."""
+    return [m for m in model.modules() if hasattr(m, name)]
+
+
 @torch.no_grad()
-def factored_norms(model: nn.Module) -> dict[nn.Module, Tensor]:
+def factored_norms(model: nn.Module) -> dict[DoRALinear, Tensor]:
     """Every DoRA layer's norm(), without forming V = W + s B A:
 
     ‖V‖² = ‖W‖² + 2 s Σ (W Aᵀ) ∘ B + s² Σ (B A Aᵀ) ∘ B, with ‖W‖² computed once: r/O of the work.
@@ -65,8 +77,9 @@ def factored_norms(model: nn.Module) -> dict[nn.Module, Tensor]:
     The error is of the size of the largest term times the precision of W Aᵀ. Where the terms
     cancel, it shows: such a layer is computed as it stands in rora.py.
     """
-    norms, cancelled = {}, []
-    for layers in alike([m for m in model.modules() if hasattr(m, "held_norm")]):
+    norms: dict[DoRALinear, Tensor] = {}
+    cancelled = []
+    for layers in alike(layers_with(model, "held_norm")):
         base, cross, square = norm_terms(layers)  # (n, O) each, n layers
         norm2 = base + cross + square
         trusted = 1e-6 if layers[0].base.weight.dtype == torch.float32 else 0.25
@@ -78,9 +91,9 @@ def factored_norms(model: nn.Module) -> dict[nn.Module, Tensor]:
     return norms
 
 
-def alike(layers: list[nn.Module], most: int = 32) -> Iterator[list[nn.Module]]:
+def alike(layers: list[DoRALinear], most: int = 32) -> Iterator[list[DoRALinear]]:
     """On a GPU, layers of one shape together, up to `most`: each by itself costs more launches."""
-    groups: dict[object, list[nn.Module]] = {}
+    groups: dict[object, list[DoRALinear]] = {}
     for i, layer in enumerate(layers):
         shape = (layer.base.weight.shape, layer.rank, layer.scaling)
         groups.setdefault(shape if layer.base.weight.is_cuda else i, []).append(layer)
@@ -88,12 +101,13 @@ def alike(layers: list[nn.Module], most: int = 32) -> Iterator[list[nn.Module]]:
         yield from (group[i : i + most] for i in range(0, len(group), most))
 
 
-def norm_terms(layers: list[nn.Module]) -> tuple[Tensor, Tensor, Tensor]:
+def norm_terms(layers: list[DoRALinear]) -> tuple[Tensor, Tensor, Tensor]:
     """‖W‖², 2 s Σ (W Aᵀ) ∘ B and s² Σ (B A Aᵀ) ∘ B by row, of layers of one shape: (n, O) each."""
     for layer in layers:
-        W, (of, norm2) = layer.base.weight, getattr(layer, "frozen_norm2", (None, None))
+        W, kept = layer.base.weight, vars(layer)
+        of, norm2 = kept.get("frozen_norm2", (None, W))
         if of is not W or norm2.device != W.device:
-            layer.frozen_norm2 = W, W.float().square().sum(1)
+            kept["frozen_norm2"] = W, W.float().square().sum(1)
     W, s = layers[0].base.weight, layers[0].scaling
     A, B = (stack([getattr(m, name) for m in layers]) for name in ("lora_A", "lora_B"))
     cast = A.to(W.dtype)  # (n, r, I)
@@ -102,7 +116,7 @@ def norm_terms(layers: list[nn.Module]) -> tuple[Tensor, Tensor, Tensor]:
         torch.mm(layer.base.weight, cast[i].t(), out=cross[i])
     by_row = lambda x: x.mul_(B).sum(2)  # (n, O, r) -> (n, O)
     square = B @ (A @ A.transpose(1, 2))  # (n, O, r)
-    base = stack([layer.frozen_norm2[1] for layer in layers])
+    base = stack([vars(layer)["frozen_norm2"][1] for layer in layers])
     return base, 2 * s * by_row(cross.float()), s * s * by_row(square)
 
 
@@ -202,10 +216,11 @@ class Graphs:
     rows, tokens: the most in a micro-batch. longest: the most tokens in a record.
     """
 
-    def __init__(self, model: nn.Module, rows: int, tokens: int, longest: int, step: int = 128):
+    def __init__(self, model: Llama, rows: int, tokens: int, longest: int, step: int = 128):
         self.model, self.rows, self.step = model.train(), rows, step
         self.longest = max(longest, step)
-        self.recorded, self.pool = {}, torch.cuda.graph_pool_handle()
+        self.recorded: dict[int, tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
+        self.pool = torch.cuda.graph_pool_handle()
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.grads = [torch.zeros_like(p) for p in self.params]
         self.norms = factored_norms(model)
@@ -221,12 +236,12 @@ class Graphs:
                 p.grad = None
 
     @staticmethod
-    def refusal(model: nn.Module, recomputed: int) -> str | None:
+    def refusal(model: Llama, recomputed: int) -> str | None:
         """Why this model's steps cannot be recorded, or None."""
         weight = model.lm_head.weight
         if not weight.is_cuda or weight.dtype == torch.float32:
             return "they are for a GPU, in bf16"
-        if weight.requires_grad or model.layers[0].self_attn.prefix_len:
+        if weight.requires_grad or model.prefix_len:
             return "they cover no prefix, and no head that trains"
         return "they cover no recomputed blocks" if recomputed else None
 
@@ -254,8 +269,8 @@ class Graphs:
         rows.T = self.longest  # all that a recording keeps of the lengths is this bound
         ids = F.pad(batch.ids, (0, pad)).to(rows.cos.device)
         targets = F.pad(batch.targets, (0, pad), value=-100).to(rows.cos.device)
-        count = rows.cos.new_tensor(float(count))
-        return rows, [ids, targets, count, rows.cu_seq, rows.cos, rows.sin]
+        total = rows.cos.new_tensor(float(count))
+        return rows, [ids, targets, total, rows.cu_seq, rows.cos, rows.sin]
 
     def replay(self, rows, inputs: list[Tensor]) -> Tensor:
         size = len(inputs[0])

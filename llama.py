@@ -23,9 +23,10 @@ Where precision changes (base dtype: bf16 on CUDA; fp32 or bf16 on a CPU):
 import inspect
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -36,12 +37,22 @@ import fast
 from plumbing.hf_config import config_json, read_config
 from plumbing.hf_files import TensorFiles, write_tensors
 
-try:  # attention over rows of different lengths without padding: CUDA only, torch >= 2.10
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:
-    varlen_attn = None
+
+def find_varlen_attn() -> Callable[..., Any] | None:
+    """Attention over rows of different lengths without padding: CUDA only, torch >= 2.10. Elsewhere
+    it is not imported: that alone would take a second."""
+    if not torch.cuda.is_available():
+        return None
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn
+
+
+varlen_attn = find_varlen_attn()
 # Its spelling of causal changed between torch 2.10 and 2.11, that of grouped heads after it.
-known = inspect.signature(varlen_attn).parameters if varlen_attn else ()
+known = inspect.signature(varlen_attn).parameters if varlen_attn else {}
 VARLEN_CAUSAL = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
 VARLEN_GROUPED = {"enable_gqa": True} if "enable_gqa" in known else {}
 
@@ -115,10 +126,11 @@ def rope_frequencies(cfg: LlamaConfig, device: torch.device | None = None) -> Te
     freqs = 1.0 / cfg.rope_theta ** (torch.arange(0, D, 2, device=device).float() / D)
     if scaling is None:
         return freqs
-    if scaling.low is None:
+    low, high, first_length = scaling.low, scaling.high, scaling.original_positions
+    if low is None or high is None or first_length is None:
         return freqs / scaling.factor
-    turns = scaling.original_positions * freqs / (2 * math.pi)  # within the first length
-    kept = ((turns - scaling.low) / (scaling.high - scaling.low)).clamp(0, 1)
+    turns = first_length * freqs / (2 * math.pi)  # within the first length
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
     return kept * freqs + (1 - kept) * freqs / scaling.factor
 
 
@@ -171,7 +183,7 @@ class Rows:
         self.cos, self.sin = rope
         self.B, self.T = len(lengths), max(lengths)
         self.even = min(lengths) == self.T
-        self.bounds = None
+        self.bounds: tuple[Tensor, Tensor] | None = None
         device = positions.device
         counts = torch.tensor(lengths)
         ends = counts.cumsum(0)
@@ -221,14 +233,15 @@ def attend(
     return rows.unpad(attend_evenly(rows.pad(q), rows.pad(k), rows.pad(v), past))
 
 
-@torch.compiler.disable  # or every other number of rows would be compiled anew
 def attend_in_turn(
     q: Tensor, k: Tensor, v: Tensor, rows: Rows, past: tuple[Tensor, Tensor] | None
 ) -> Tensor:
     """attend(), row after row."""
-    each = zip(*(x.transpose(0, 1).split(rows.lengths, dim=1) for x in (q, k, v)))
-    one = lambda row: attend_evenly(*(x[None] for x in row), past)  # (1, H, T, D), (1, G, T, D) x 2
-    return torch.cat([one(row)[0].transpose(0, 1) for row in each])
+    out = []
+    for one in zip(*(x.transpose(0, 1).split(rows.lengths, dim=1) for x in (q, k, v))):
+        q, k, v = (x[None] for x in one)  # (1, H, T, D), (1, G, T, D), (1, G, T, D)
+        out.append(attend_evenly(q, k, v, past)[0].transpose(0, 1))
+    return torch.cat(out)
 
 
 def attend_evenly(q: Tensor, k: Tensor, v: Tensor, past: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -271,6 +284,7 @@ def can_vary(q: Tensor) -> bool:
 
 
 def vary(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, T: int, S: int) -> Tensor:
+    assert varlen_attn is not None  # can_vary(q)
     flags = dict(VARLEN_CAUSAL)
     if q.size(1) != k.size(1):
         flags |= VARLEN_GROUPED
@@ -397,10 +411,14 @@ class Llama(nn.Module):
         if cfg.tie_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 
+    @property
+    def prefix_len(self) -> int:  # P
+        return cast(Block, self.layers[0]).self_attn.prefix_len
+
     def rows(self, lengths: list[int], shared: int = 0) -> Rows:
         """Rows that begin at position 0, or after the prefix where there is one, and after `shared` tokens seen by all."""
         device = self.embed_tokens.weight.device
-        start = self.layers[0].self_attn.prefix_len + shared
+        start = self.prefix_len + shared
         positions = torch.cat([torch.arange(start, start + n) for n in lengths]).to(device)
         return Rows(
             lengths,
@@ -429,6 +447,15 @@ class Llama(nn.Module):
         return self.lm_head(self.hidden(ids.flatten(), self.rows([T] * B))).view(B, T, -1)
 
 
+def compile_blocks(model: Llama, **how) -> None:
+    """torch.compile, block by block, for all lengths at once. Attention in turn stays as it is, or
+    every other number of rows would be compiled anew."""
+    global attend_in_turn
+    attend_in_turn = torch.compiler.disable(attend_in_turn)
+    for block in model.layers:
+        block.compile(dynamic=True, **how)
+
+
 def common_prefix(prompts: list[list[int]]) -> int:
     """With how many tokens all of several prompts begin, leaving each at least one of its own; 0 for a single prompt."""
     differ = (i for i, ids in enumerate(zip(*prompts)) if len(set(ids)) > 1)
@@ -453,11 +480,7 @@ def generate(
         return [[] for _ in prompts]
     if not all(prompts):
         raise ValueError("an empty prompt: give the begin token at least")
-    device, P, B = (
-        model.embed_tokens.weight.device,
-        model.layers[0].self_attn.prefix_len,
-        len(prompts),
-    )
+    device, P, B = model.embed_tokens.weight.device, model.prefix_len, len(prompts)
     draft = list(draft)[: max_new - 1]
     lengths, shared = [len(p) for p in prompts], common_prefix(prompts)
     cache = KVCache(model, B, P + max(lengths) + max_new)

@@ -62,7 +62,7 @@ class LoRALinear(nn.Module):
     targets = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
     any_target = True
     scale = "linear"
-    held = None  # what cast() answers while fast.held lasts
+    held: tuple[Tensor, Tensor] | None = None  # what cast() answers while fast.held lasts
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0):
         super().__init__()
@@ -134,7 +134,7 @@ class DoRALinear(LoRALinear):
     also drop inside W x: the same at dropout 0, and a second product with W otherwise.
     """
 
-    held_norm = None  # what norm() answers while fast.held lasts
+    held_norm: Tensor | None = None  # what norm() answers while fast.held lasts
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0):
         super().__init__(base, rank, alpha, dropout)

@@ -209,6 +209,7 @@ class Bench:
             import fast
             import rora
             from data import collate
+            from llama import compile_blocks
             from plumbing import memory
 
             with self.attached(method, rank, dropout):
@@ -220,8 +221,7 @@ class Bench:
                 facts["plan_gb"] = round(plan.total(recomputed) / 1e9, 1)
                 backward = rora.backward
                 if compiled:  # before anything is recorded
-                    for layer in self.model.layers:
-                        layer.compile(dynamic=True)
+                    compile_blocks(self.model)
                 if graphs:
                     if why := fast.Graphs.refusal(self.model, recomputed):
                         raise ValueError(why)

@@ -36,7 +36,7 @@ from data import (
     load_tokenizer,
 )
 from plumbing import jobs, memory
-from llama import Llama, LlamaConfig, generate, load_llama, save_llama
+from llama import Llama, LlamaConfig, compile_blocks, generate, load_llama, save_llama
 
 SHAPES = {
     "toy": LlamaConfig(64, 2, 4, 4, 172),  # to see that all of it runs
@@ -131,8 +131,7 @@ def our_training(spec: dict, device: torch.device) -> Job:
     rora.attach(model, spec["method"], spec["rank"], ALPHA, spec["dropout"])
     model.train()
     if spec.get("compile"):
-        for layer in model.layers:
-            layer.compile(dynamic=True)
+        compile_blocks(model)
     optimizer = rora.new_optimizer(model, LR)
     recomputed = {"none": 0, "all": len(model.layers)}
     if (

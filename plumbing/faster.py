@@ -12,7 +12,7 @@ import torch
 import fast
 import rora
 from data import Record
-from llama import Llama
+from llama import Llama, compile_blocks
 from plumbing import processes
 from plumbing.flags import FlagError, Settings
 from plumbing.hf_files import first_line
@@ -36,8 +36,7 @@ def hastened(
     """Do to the model what `how` asks: {"compile": bool, "graphs": bool}, as run.json has it.
     Returns what rora.train takes as `backward`. largest: the micro-batch with the most tokens."""
     if how.get("compile"):
-        for block in model.layers:
-            block.compile(dynamic=True)  # one compilation for all lengths
+        compile_blocks(model)
     if not how.get("graphs"):
         return rora.backward
     why = fast.Graphs.refusal(model, recomputed)

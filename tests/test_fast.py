@@ -10,7 +10,7 @@ import fast
 import rora
 from conftest import SMALL, shake
 from data import Record, collate
-from llama import Llama, apply_rope, generate, rope_tables
+from llama import Llama, apply_rope, compile_blocks, generate, rope_tables
 
 LENGTHS = [9, 5, 12, 7, 4]
 
@@ -144,8 +144,7 @@ def test_compiled_blocks_are_compiled_once_for_all_lengths():
     torch.manual_seed(0)
     model = Llama(replace(SMALL, n_layers=1))
     rora.attach(model, "rora", 4, dropout=0.1)
-    for block in model.train().layers:
-        block.compile(dynamic=True, backend="eager")
+    compile_blocks(model.train(), backend="eager")
 
     def step(lengths: list[int]) -> None:
         records = [Record(draw(n, n), 1, n) for n in lengths]
