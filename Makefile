@@ -25,6 +25,9 @@ lint: .venv/test  ## style, then types
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
 
+exercises: .venv/test  ## each answer in exercises/, applied to a copy of the tree and tested
+	.venv/bin/python -m pytest -m slow tests/guarantees/test_exercises.py
+
 crosscheck: .venv-crosscheck/ready  ## against transformers, PEFT and tiktoken; and a real model, if it can be fetched
 	-test -d $(SMOLLM2) || $(MAKE) $(SMOLLM2)
 	.venv-crosscheck/bin/python -m pytest -m crosscheck tests/crosscheck
@@ -65,4 +68,4 @@ $(SMOLLM2): .venv-crosscheck/ready
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/'
 
-.PHONY: demo test lint crosscheck faults bench help
+.PHONY: demo test lint exercises crosscheck faults bench help
