@@ -32,6 +32,9 @@ crosscheck: .venv-crosscheck/ready  ## against transformers, PEFT and tiktoken; 
 	-test -d $(SMOLLM2) || $(MAKE) $(SMOLLM2)
 	.venv-crosscheck/bin/python -m pytest -m crosscheck tests/crosscheck
 
+peers: .venv-crosscheck/ready  ## other frameworks on the conformance kit; writes tests/crosscheck/peers.md
+	.venv-crosscheck/bin/python tests/crosscheck/peers/run.py
+
 faults: .venv/test  ## kill it, fill its disk, feed it nonsense; count what survives
 	.venv/bin/python tests/guarantees/faults.py
 
@@ -68,4 +71,4 @@ $(SMOLLM2): .venv-crosscheck/ready
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/'
 
-.PHONY: demo test lint exercises crosscheck faults bench help
+.PHONY: demo test lint exercises crosscheck faults peers bench help

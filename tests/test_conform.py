@@ -46,6 +46,9 @@ def test_each_known_mistake_is_seen_and_called_by_its_name(case, tmp_path, capsy
             save_file({"logits": wrong(ids)}, tmp_path / "theirs.safetensors")
         assert main([str(KIT / case), "--logits", str(tmp_path / "theirs.safetensors")]) == 4
         assert what in capsys.readouterr().out
+        with torch.no_grad():
+            moved = (wrong(ids) - model(ids)).abs().max() / model(ids).abs().max()
+        assert moved > 0.3, what
 
 
 def test_bare_fp32_numbers_will_do(tmp_path, capsys):

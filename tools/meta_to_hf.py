@@ -29,6 +29,7 @@ from plumbing.hf_files import CheckpointError, read_json, read_pickle, some, wri
 from data import load_tokenizer  # noqa: E402
 from llama import Llama, LlamaConfig, RopeScaling  # noqa: E402
 from plumbing.run_folder import new_folder  # noqa: E402
+from plumbing.tokenizer_json import write_tokenizer_json  # noqa: E402
 
 META_NAMES = {
     "embed_tokens": "tok_embeddings",
@@ -194,6 +195,9 @@ def convert(source: Path, target: Path) -> None:
         write_tensors(folder, tensors)
         (folder / "config.json").write_text(json.dumps(cfg.to_json(tensors.dtype), indent=2) + "\n")
         shutil.copyfile(model, folder / "tokenizer.model")
+        lacking = write_tokenizer_json(folder, folder)
+    if lacking:
+        print(f"note: {lacking}")
 
 
 def main(argv: list[str] | None = None) -> int:
