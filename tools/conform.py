@@ -20,7 +20,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository's root
 
-from llama import Llama, apply_rope, load_llama  # noqa: E402
+from llama import Llama, load_llama  # noqa: E402
 from plumbing.hf_files import CheckpointError  # noqa: E402
 from rora import DoRALinear, load_adapter, wrappers  # noqa: E402
 from tools.meta_to_hf import hf_to_meta, meta_to_hf  # noqa: E402
@@ -120,7 +120,10 @@ def rotated(positions: Callable[[int], Tensor]):
             k = layer.prefix_k.transpose(0, 1)  # (P, G, D)
             frequencies = model.cfg.rope_theta ** -(torch.arange(0, k.size(2), 2) / k.size(2))
             angles = torch.outer(positions(k.size(0)), frequencies)[:, None]  # (P, 1, D/2)
-            layer.prefix_k.copy_(apply_rope(k, angles.cos(), angles.sin()).transpose(0, 1))
+            k1, k2 = k.chunk(2, dim=2)
+            cos, sin = angles.cos(), angles.sin()
+            turned = torch.cat([k1 * cos - k2 * sin, k2 * cos + k1 * sin], dim=2)
+            layer.prefix_k.copy_(turned.transpose(0, 1))
 
     return change
 

@@ -1,1 +1,1 @@
-"""A package, so that `from conftest import` in the tests above means their conftest.py and not this one."""
+"""A package: `from conftest import` in the tests above means their conftest.py, not this one."""

@@ -1,10 +1,11 @@
-"""Small checkpoints written by transformers, and the table of the largest deviations from it and the other peers.
+"""Small checkpoints written by transformers, and the table of the largest deviations from peers.
 
     pip install -r tests/crosscheck/requirements.txt
     pytest -m crosscheck tests/crosscheck
 
-Without `-m crosscheck` this folder is left alone: it imports packages that the project does not run on. RORA_DATA names
-the folder with the records and tokenizers (default: shared/data beside the checkout).
+Without `-m crosscheck` this folder is left alone: it imports packages that the project does not run
+on. RORA_DATA names the folder with the records and tokenizers (default: shared/data beside the
+checkout).
 """
 
 import json
@@ -34,7 +35,7 @@ def quiet():
     transformers.logging.disable_progress_bar()
 
 
-# --- real records ----------------------------------------------------------------------------------
+# --- real records ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -57,7 +58,7 @@ def records(data_folder) -> dict[str, list[dict]]:
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    """SmolLM2-135M-Instruct as a Hugging Face folder: a real pretrained model, which make fetches."""
+    """SmolLM2-135M-Instruct, a real pretrained model, as a Hugging Face folder; make fetches it."""
     made = ROOT / ".venv-crosscheck" / "smollm2-135m"
     folder = Path(os.environ.get("RORA_SMOLLM2", made))
     if not (folder / "model.safetensors").is_file():
@@ -66,16 +67,16 @@ def smollm2() -> Path:
     return folder
 
 
-# --- checkpoints -----------------------------------------------------------------------------------
+# --- checkpoints ----------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def make_llama(tmp_path):
     """make_llama(files="model.safetensors", **config) -> (folder, transformers' model in fp32).
 
-    `files` is a file name, or (name, size) for shards of that many bytes. `scaling`: what config.json
-    says of rotary scaling. The weights are wide enough for logits of order 1, and the norms' weights
-    are not all one.
+    `files` is a file name, or (name, size) for shards of that many bytes. `scaling`: what
+    config.json says of rotary scaling. The weights are wide enough for logits of order 1, and the
+    norms' weights are not all one.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -112,7 +113,7 @@ def make_llama(tmp_path):
 
 @pytest.fixture
 def make_base(make_llama, data_folder):
-    """make_base(**config) -> (folder, model) with the real LLaMA tokenizer beside the weights: what rora.py trains on."""
+    """make_base(**config) -> (folder, model): make_llama with the real LLaMA tokenizer."""
 
     def make(**config):
         folder, model = make_llama(vocab_size=32000, num_key_value_heads=2, **config)
@@ -123,7 +124,7 @@ def make_base(make_llama, data_folder):
 
 
 def write_bins(state: dict, folder: Path, sharded: bool) -> None:
-    """pytorch_model.bin, or two shards with their index, with the rotary tables that old conversions hold."""
+    """pytorch_model.bin, or two shards and their index, with the rotary tables of old ones."""
     state = state | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
     if not sharded:
         torch.save(state, folder / "pytorch_model.bin")
@@ -140,7 +141,7 @@ def write_bins(state: dict, folder: Path, sharded: bool) -> None:
 
 @pytest.fixture(scope="session")
 def padded():
-    """padded(records) -> what transformers asks for: rows padded to the right, a mask, -100 where nothing is learned."""
+    """padded(records) -> transformers' inputs: padded right, a mask, -100 if not learned."""
 
     def pad(records) -> dict[str, torch.Tensor]:
         T = max(len(r.ids) for r in records)
@@ -156,7 +157,7 @@ def padded():
     return pad
 
 
-# --- the table of deviations -----------------------------------------------------------------------
+# --- the table of deviations ----------------------------------------------------------------------
 
 
 def pytest_configure(config):
@@ -168,7 +169,7 @@ def pytest_configure(config):
 
 @pytest.fixture
 def deviation(request):
-    """deviation(quantity, whom, ours, theirs) -> (largest absolute difference, the same over the largest of theirs).
+    """deviation(quantity, whom, ours, theirs) -> (largest difference, the same over their largest).
 
     Each call enters the table; of several with one quantity and peer, the largest stays.
     """

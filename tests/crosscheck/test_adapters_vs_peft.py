@@ -1,4 +1,4 @@
-"""rora.py's adapters against PEFT's, from the same files; Series and Parallel against their formulas."""
+"""rora.py's adapters against PEFT's from the same files; Series, Parallel against formulas."""
 
 import json
 import re
@@ -73,7 +73,7 @@ def our_loss(model, records: list[Record]) -> torch.Tensor:
     return loss_sum(model, batch) / batch.learned
 
 
-# --- loss and gradients from one adapter file ------------------------------------------------------
+# --- loss and gradients from one adapter file -----------------------------------------------------
 
 
 def compare_with_peft(case: str, make_llama, padded, tmp_path, deviation) -> None:
@@ -168,7 +168,8 @@ def test_greedy_tokens_behind_a_prefix_are_pefts(make_llama, tmp_path, mismatche
     "method, targets", [("series", ["down_proj"]), ("parallel", ["up_proj", "down_proj"])]
 )
 def test_bottlenecks_are_what_their_formula_says(method, targets, make_llama, padded, deviation):
-    """Series: y = z + f(z), z = W x. Parallel: y = W x + f(x). f(h) = up tanh(down h), as hooks on transformers' model."""
+    """f(h) = up tanh(down h), as hooks on transformers' model: series y = z + f(z) with z = W x,
+    parallel y = W x + f(x)."""
     folder, theirs = make_llama(num_key_value_heads=2)
     ours = our_model(folder, method=method, rank=8)
     weights = {name: p.detach().clone().requires_grad_() for name, p in trainable(ours).items()}
@@ -195,7 +196,7 @@ def test_bottlenecks_are_what_their_formula_says(method, targets, make_llama, pa
         ), name
 
 
-# --- adapters out ----------------------------------------------------------------------------------
+# --- adapters out ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", [*LORA_FAMILY, "prefix"])
@@ -218,7 +219,7 @@ def test_what_we_save_peft_loads_to_the_same_logits(case, make_llama, tmp_path, 
     assert absolute < 1e-5
 
 
-# --- adapters in -----------------------------------------------------------------------------------
+# --- adapters in ----------------------------------------------------------------------------------
 
 
 def peft_adapter(base, config, folder) -> torch.Tensor:
@@ -295,7 +296,7 @@ def test_a_prefix_that_peft_saves_loads_here_to_the_same_logits(
 
 
 def test_doras_magnitude_loads_in_each_spelling(make_llama, tmp_path, deviation):
-    """PEFT's, PEFT's with .weight, and NVlabs' own: another name, a column, another config, a .bin."""
+    """PEFT's, PEFT's with .weight, NVlabs' own: another name, a column, another config, a .bin."""
     folder, base = make_llama(num_key_value_heads=2)
     config = LoraConfig(
         task_type="CAUSAL_LM",
@@ -351,7 +352,7 @@ def test_doras_magnitude_loads_in_each_spelling(make_llama, tmp_path, deviation)
 def test_an_adapter_exported_with_a_plain_scale_needs_no_rslora_flag(
     make_llama, tmp_path, deviation
 ):
-    """For readers that always divide by r: alpha·√r is written in place of alpha, and use_rslora is false."""
+    """For readers that always divide by r: alpha·√r in place of alpha, and use_rslora is false."""
     folder, base = make_llama(num_key_value_heads=2)
     ours = our_model(folder, method="rora")
     save_adapter(ours, tmp_path / "adapter")
@@ -382,7 +383,7 @@ def test_an_adapter_exported_with_a_plain_scale_needs_no_rslora_flag(
     assert absolute < 1e-5
 
 
-# --- merging and tracing, from the command line ----------------------------------------------------
+# --- merging and tracing, from the command line ---------------------------------------------------
 
 
 @pytest.fixture
@@ -397,7 +398,7 @@ def records_file(records, tmp_path):
 def test_a_merged_run_has_the_unmerged_logits_in_transformers(
     method, dtype, make_base, records_file, tmp_path, deviation
 ):
-    """Within rounding: with a bf16 base each merged weight is rounded once more, by up to 2^-9 of itself."""
+    """Within rounding: a bf16 base's merged weights are rounded once more, by up to 2^-9."""
     folder, base = make_base()
     base.to(dtype).save_pretrained(folder)
     run, out = tmp_path / "run", tmp_path / "merged"
@@ -471,7 +472,7 @@ def test_merged_bf16_weights_are_pefts_merged_weights(case, make_llama, tmp_path
 
 @pytest.mark.parametrize("case", LORA_FAMILY)
 def test_a_trace_is_what_peft_computes(case, make_base, tmp_path, deviation):
-    """All that a reader without this project needs: inputs, adapter, every block's output, logits, loss, gradients."""
+    """All that another program needs: inputs, adapter, blocks, logits, loss, gradients."""
     how, flags = LORA_FAMILY[case]
     folder, base = make_base()
     scale = ["--scale", how["scale"]] if "scale" in how else []

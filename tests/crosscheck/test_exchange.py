@@ -1,4 +1,4 @@
-"""Folders that this project writes, as transformers and PEFT read them: tokenizers, runs, the kit."""
+"""Folders that this project writes, read by transformers and PEFT: tokenizers, runs, the kit."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""rora.py's training loop against PEFT, torch's AdamW and transformers' schedule: twenty steps from the same start."""
+"""rora.py's training loop against PEFT, torch's AdamW and transformers' schedule: twenty steps."""
 
 import json
 
@@ -20,7 +20,7 @@ RECORDS = (
 
 
 def their_run(model, parameters: list, records: list, lr: float, padded) -> list[float]:
-    """Twenty steps as transformers' Trainer takes them: the mean over a batch's targets, clip, step, schedule."""
+    """As transformers' Trainer takes them: mean over a batch's targets, clip, step, schedule."""
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     schedule = get_linear_schedule_with_warmup(optimizer, WARMUP, STEPS)
     orders = [epoch_order(RECORDS, 0, epoch) for epoch in range(3)]
@@ -93,7 +93,7 @@ def test_twenty_steps_give_the_losses_and_weights_of_a_peft_loop(
         "1",
     ]
 
-    # The schedule's first step has lr 0, so a run of one step saves the adapter that the longer run starts from.
+    # The schedule's first step has lr 0: a run of one step saves what the longer run starts from.
     assert main([*command, "--max-steps", "1", "--out", str(tmp_path / "start")]) == 0
     assert main([*command, "--max-steps", str(STEPS), "--out", str(tmp_path / "run")]) == 0
     rows = [
