@@ -152,10 +152,9 @@ def row_of(ckpt: str) -> Checkpoint:
     """The checkpoint's row in the table, also where it is named by its folder; the paper's
     defaults for any other."""
     name = short_name(ckpt)
-    known = name in CHECKPOINTS and (
-        ckpt == name or Path(ckpt).resolve() in (find_checkpoint(name).resolve(), HERE / name)
-    )
-    return CHECKPOINTS[name] if known else PAPER
+    homes = [HERE / name, Path(name).resolve(), (Path("checkpoints") / name).resolve()]
+    known = ckpt == name or Path(ckpt).resolve() in homes
+    return CHECKPOINTS.get(name, PAPER) if known else PAPER
 
 
 def find_device(name: str | None) -> torch.device:

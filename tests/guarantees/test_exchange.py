@@ -139,6 +139,12 @@ def test_a_run_on_a_named_checkpoint_names_the_hubs_which_is_found_again(world, 
     refused(run("--merge", "r", "--out", "again"), 3, "weights_download.sh llama-7b")
 
 
+def test_a_folder_elsewhere_may_have_a_checkpoints_name(world, tmp_path):
+    shutil.copytree(world.base, tmp_path / "elsewhere/llama-7b")
+    done = run(*flags(world, "r", ckpt="elsewhere/llama-7b", max_steps=2, epochs=None))
+    assert done.code == 0, done.err
+
+
 # --- base checkpoints -----------------------------------------------------------------------------
 
 
