@@ -77,11 +77,11 @@ def test_a_block_is_planned_with_what_training_keeps_for_it(dtype, method, dropo
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("method", ["lora", "rora", "dora", "parallel", "prefix"])
-@pytest.mark.parametrize("recomputed", [0, 3, 6])
+@pytest.mark.parametrize("recomputed", [0, 2, 4])
 def test_what_a_step_takes_is_within_15_percent_of_the_plan_and_planning_leaves_nothing_behind(
     dtype, method, recomputed
 ):
-    cfg = LlamaConfig(dim=64, n_layers=6, n_heads=4, n_kv_heads=2, hidden_dim=172, vocab_size=500)
+    cfg = LlamaConfig(dim=64, n_layers=4, n_heads=4, n_kv_heads=2, hidden_dim=172, vocab_size=500)
     model = Llama(cfg).to(dtype)
     rora.attach(model, method, 8, dropout=0.05 if method in ("lora", "rora", "dora") else 0.0)
     model.train()
