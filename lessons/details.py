@@ -116,6 +116,8 @@ def by_task(rows: Runs, title: str, lr_of) -> str:
             for r in chosen(rows, method=m, rank=rank, lr=lr_of(m, rank))
             if r.get("test")
         ]
+        if not runs:
+            return f"### By task, {title}\n\n{NAMES[m]} is not run yet."
         found[m] = {t: mean(r["test"]["tasks"][t] for r in runs) for t in tasks}
         silent = mean(100 * r["test"]["unanswered"] / r["test"]["n"] for r in runs)
         lines.append(line(NAMES[m], *(f"{y:.1f}" for y in found[m].values()), f"{silent:.1f}"))

@@ -544,7 +544,7 @@ def main(argv: list[str]) -> int:
         print("these were trial runs: their numbers mean nothing, and nothing is drawn of them")
     if args.mode == "row":
         print(row_table(jobs, rows))
-    if args.mode in ("grid", "all"):
+    if args.mode in ("grid", "all") and not pending(jobs_of(rows), rows):
         for method, rank, lr in at_edge([r for r in rows if condition(r) == condition(jobs[0])]):
             print(
                 f"note: the best lr of {method} at rank {rank}, {lr:g}, is the last on its side: "

@@ -77,7 +77,8 @@ def train() -> list[dict]:
 @pytest.fixture(scope="module")
 def sentences() -> list[str]:
     readers = [
-        corpus.Corpus(world.build_world(), seed=1, hint=0.5, noise=noise) for noise in (0.0, 0.7)
+        corpus.Corpus(world.build_world(), seed=1, hint=0.5, noise=noise, phrases=noise)
+        for noise in (0.0, 0.7)
     ]
     return [
         d.replace("^", "")

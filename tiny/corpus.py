@@ -1,9 +1,12 @@
-"""What the tiny base model reads before it meets a task: the world in plain sentences, and games that teach to pick.
+"""What the tiny base model reads before it meets a task: the world in plain sentences, and games
+that teach to pick.
 
-This file knows facts and sentences. It knows nothing of tokens (pretrain.py) or of the tasks' wording (world.py).
+This file knows facts and sentences. It knows nothing of tokens (pretrain.py) or of the tasks'
+wording (world.py).
 
-A caret switches scoring on and off: in "the cow eats^ grass^." only "grass" counts fully in the loss. The rest of a
-document is largely chance (which animal, which options), and to fit chance is to fit noise.
+A caret switches scoring on and off: in "the cow eats^ grass^." only "grass" counts fully in the
+loss. The rest of a document is largely chance (which animal, which options), and to fit chance is
+to fit noise.
 """
 
 import random
@@ -164,6 +167,8 @@ RULE_WORDING = {
 HEADS = "Box Card Door Number Case Line Page Cup Row Gate Bag Seat".split()
 JOINS = [" ", "\n", "\n\n"]
 LEADS = ["", "", "it is "]
+WRAPS = ["", "take ", "with ", "we need "]  # what may stand before an option: no task says these
+ARTICLES = ["", "a ", "the "]
 
 
 class Corpus:
@@ -176,15 +181,14 @@ class Corpus:
         hint: float = 0.0,
         heads: int = len(HEADS),
         noise: float = 0.0,
+        phrases: float = 0.0,
     ):
-        """`hint`: how often the verdict on an option is let slip. `heads`: how many names list entries go by."""
-        self.world, self.rng, self.hint, self.heads, self.noise = (
-            world,
-            random.Random(seed),
-            hint,
-            HEADS[:heads],
-            noise,
-        )
+        """`hint`: how often the verdict on an option is let slip. `heads`: how many names list
+        entries go by. `noise`: how often strange signs come in. `phrases`: how often options are
+        wrapped in words; above 0, two candidates are named in more ways, statements are blurred.
+        """
+        self.world, self.rng = world, random.Random(seed)
+        self.hint, self.heads, self.noise, self.phrases = hint, HEADS[:heads], noise, phrases
         self.names = list(world.facts["job"])
         self.asked = {
             r: world.subjects(r, "train", "val", "test") for r in WORDING
@@ -194,7 +198,8 @@ class Corpus:
             | set(world.facts["food"])
             | set(self.names)
         )
-        self.content = {part for w in self.words for part in w.split()} - {"the", "for", "in", "to"}
+        said = self.words + [subject for of in world.facts.values() for subject in of]
+        self.content = {part for w in said for part in w.split()} - {"the", "for", "in", "to"}
         self.kinds: dict[str, Callable[[], str]] = {
             "statements": self.statements,
             "copy": self.copy,
@@ -234,7 +239,8 @@ class Corpus:
         return self.fill(self.rng.choice(WORDING[relation][0]), subject, value)
 
     def statements(self) -> str:
-        return " ".join(self.statement() for _ in range(5))
+        blur = self.blur if self.phrases else lambda text: text
+        return " ".join(blur(self.statement()) for _ in range(5))
 
     def question(self) -> tuple[str, str, str, str]:
         """(question, relation, subject, true value) for a fact that may be asked about."""
@@ -301,7 +307,7 @@ class Corpus:
     # --- picking from a list ---
 
     def listed(self, words: list[str]) -> tuple[str, Callable[[int], str]]:
-        """A numbered list, and how its i-th entry (from 0) is called: "Box1: saw Box2: rope", box1."""
+        """A numbered list, "Box1: saw Box2: rope", and what its i-th entry (from 0) is called."""
         head, gap, before = (
             self.rng.choice(self.heads),
             self.rng.choice([" "] * 5 + ["\n", "\n\n"]),
@@ -310,6 +316,9 @@ class Corpus:
         if self.rng.random() < self.noise:
             head = self.rng.choice([self.gibberish(1), self.rng.choice(self.words).split()[-1]])
             before = self.rng.choice(["", "", self.gibberish(1) + " ", self.gibberish(2) + " "])
+        if self.phrases and self.rng.random() < self.phrases:
+            gap = self.rng.choice([" ", "\n\n"])
+            before = self.rng.choice([*WRAPS, self.gibberish(1) + " "]) + self.rng.choice(ARTICLES)
         entries = [f"{head}{i}: {before}{w}" for i, w in enumerate(words, start=1)]
         return gap.join(entries), lambda i: f"{head.lower()}{i + 1}"
 
@@ -318,7 +327,9 @@ class Corpus:
         return f"{words}.^ {words}. {words}^."
 
     def bare(self) -> str:
-        """painter2: the word itself asks for its number. Dense, and with replacement: without it one learns to eliminate."""
+        """painter2: the word itself asks for its number. Dense, and with replacement: without it
+        one learns to eliminate.
+        """
         words = self.rng.sample(self.words, self.rng.randint(2, 5))
         text, _ = self.listed(words)
         link = self.rng.choice(
@@ -330,7 +341,9 @@ class Corpus:
         return f"{text}{self.rng.choice([' =', ' =', '.', self.filler(1)])}{asks}."
 
     def lookup(self) -> str:
-        """A word is named, and its entry's label follows: at once and many times, or once with the list between."""
+        """A word is named, and its entry's label follows: at once and many times, or once with the
+        list between.
+        """
         words = self.rng.sample(self.words, self.rng.randint(2, 5))
         text, name = self.listed(words)
         if self.rng.random() < 0.6:
@@ -340,7 +353,8 @@ class Corpus:
             ]
             return text + self.join() + " ".join(asks)
         i = self.rng.randrange(len(words))
-        return f"{words[i]}?{self.join()}{text}{self.filler(0.5, name, len(words))}{self.picked(words[i], name(i))}"
+        question = f"{words[i]}?{self.join()}{text}{self.filler(0.5, name, len(words))}"
+        return question + self.picked(words[i], name(i))
 
     def poll(self) -> tuple[str, list[str], int]:
         """(question, options, place of the right one)."""
@@ -352,26 +366,29 @@ class Corpus:
         else:
             relation = self.rng.choice(reverse)
             right = self.rng.choice(self.asked[relation])
-            value = self.world.facts[relation][right]
+            v = self.world.facts[relation][right]
             wrong = self.rng.sample(
-                [s for s in self.asked[relation] if self.world.facts[relation][s] != value], n - 1
+                [s for s in self.asked[relation] if self.world.facts[relation][s] != v], n - 1
             )
-            question = self.rng.choice(WORDING[relation][3]).format(v=value)
+            question = self.rng.choice(WORDING[relation][3]).format(v=v)
             if n == 2 and self.rng.random() < 0.8:
                 the = "" if right in self.names else "the "
                 a, b = (the + s for s in self.rng.sample([right, *wrong], 2))
-                question = self.rng.choice(
-                    [
-                        f"we met {a} and {b}. {question}",
-                        f"{a} is by {b}, and {question}",
-                        f"{question} {a} or {b}?",
-                    ]
-                )
+                forms = [
+                    f"we met {a} and {b}. {question}",
+                    f"{a} is by {b}, and {question}",
+                    f"{question} {a} or {b}?",
+                ]
+                if self.phrases:  # the value first, in the middle, last
+                    forms += [f"{v} is for {a} or {b}", f"{a}, {v}, {b}", f"{a}, {b} and {v}"]
+                question = self.rng.choice(forms)
         at = self.rng.randrange(n)
         return self.blur(question), [*wrong[:at], right, *wrong[at:]], at
 
     def verdict(self) -> str:
-        """Every option judged where it stands; some verdicts are left out, so that the end must do without."""
+        """Every option judged where it stands; some verdicts are left out, so that the end must do
+        without.
+        """
         question, options, at = self.named_one() if self.rng.random() < 0.3 else self.poll()
         keep = self.rng.choice([0.0, 0.5, 1.0, 1.0, 1.0])
         judged = [
@@ -379,10 +396,13 @@ class Corpus:
             for i, o in enumerate(options)
         ]
         text, name = self.listed(judged)
-        return f"{question}{self.join()}{text}{self.filler(0.3, name, len(options))}^{self.join()}{name(at)}^."
+        question = f"{question}{self.join()}{text}{self.filler(0.3, name, len(options))}"
+        return f"{question}^{self.join()}{name(at)}^."
 
     def named(self) -> str:
-        """Which option was named? Each is judged where it stands: the densest lesson in comparing, with no fact to recall."""
+        """Which option was named? Each is judged where it stands: the densest lesson in comparing,
+        with no fact to recall.
+        """
         return " ".join(self.judge(*self.named_one()) for _ in range(4))
 
     def named_one(self) -> tuple[str, list[str], int]:
@@ -391,7 +411,9 @@ class Corpus:
         return f"{options[at]}?", options, at
 
     def judged(self) -> str:
-        """The same with a question: now the word to compare with must be recalled. The verdicts fade with `hint`."""
+        """The same with a question: now the word to compare with must be recalled. The verdicts
+        fade with `hint`.
+        """
         return " ".join(self.judge(*self.poll()) for _ in range(2))
 
     def judge(self, question: str, options: list[str], at: int) -> str:
@@ -407,7 +429,9 @@ class Corpus:
         return f"{question}{join}{text}^{join}{name(at)}^."
 
     def label(self) -> str:
-        """The question, the list, and only the number of the right entry. `hint` says how often the answer is let slip."""
+        """The question, the list, and only the number of the right entry. `hint` says how often the
+        answer is let slip.
+        """
         question, options, at = self.poll()
         text, name = self.listed(options)
         if self.rng.random() < self.hint:
@@ -422,18 +446,19 @@ class Corpus:
     # --- strange signs ---
 
     def blur(self, text: str) -> str:
-        """With probability `noise`: half or all words that are not of the world become a strange sign, or two, or none.
+        """With probability `noise`: half or all words that are not of the world become a strange
+        sign, or two, or none.
 
-        A base model that knows only its own few questions and "Box1: … box1" loses its skill behind any new wording; this
-        one must look through the words it does not know at those it does.
+        A base model that knows only its own few questions and "Box1: … box1" loses its skill behind
+        any new wording; this one must look through the words it does not know at those it does.
         """
         if self.rng.random() >= self.noise:
             return text
         rate = self.rng.choice([0.5, 1.0])
         return " ".join(
             w
-            if w.strip(".,:?") in self.content or self.rng.random() >= rate
-            else self.gibberish(self.rng.choice([0, 1, 1, 1, 2])) + w[len(w.rstrip(".,:?")) :]
+            if w.strip(".,:?^") in self.content or self.rng.random() >= rate
+            else self.gibberish(self.rng.choice([0, 1, 1, 1, 2])) + w[len(w.rstrip(".,:?^")) :]
             for w in text.split(" ")
         )
 
@@ -442,7 +467,7 @@ class Corpus:
         return "".join(chr(self.rng.randint(1, 31)) for _ in range(n)).replace("\n", "\t")
 
     def picked(self, word: str, name: str) -> str:
-        """How a pick is told: its number alone, mostly, or the right word on the way to the number."""
+        """How a pick is told: mostly its number alone, or the right word on the way to it."""
         number = name[-1]
         told = self.rng.choice(
             [self.lead("it is ") + name] * 4 + [f"{word}{number}", f"{word} is {name}"]
@@ -466,7 +491,9 @@ class Corpus:
         return self.rng.choice(JOINS)
 
     def filler(self, often: float, name: Callable[[int], str] | None = None, n: int = 0) -> str:
-        """What may stand between a question and its answer: another sentence, or the names of all entries."""
+        """What may stand between a question and its answer: another sentence, or the names of all
+        entries.
+        """
         if self.rng.random() > often:
             return ""
         if name is not None and self.rng.random() < 0.6:

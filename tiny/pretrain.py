@@ -1,11 +1,14 @@
-"""Make the tiny base model: a tokenizer, then a small LLaMA that reads corpus.py until the probes are content.
+"""Make the tiny base model: a tokenizer, then a small LLaMA that reads corpus.py until the probes
+are content.
 
-    python tiny/pretrain.py            # 13M tokens or more; writes config.json, model.safetensors, tokenizer.model, pretrain.jsonl
-    python tiny/pretrain.py --table    # the log as README.md shows it
+    python tiny/pretrain.py                  # 14M tokens or more; writes the checkpoint and its log
+    python tiny/pretrain.py --device cuda    # the same on a GPU
+    python tiny/pretrain.py --table          # the log as README.md shows it
 
-Skills come in an order: recall a fact, compare two words, compare a word with a recalled fact, and only then pick the
-entry that fits. So the mix of documents changes in stages, and Probes say when a stage is done (README.md has the table).
-The tokenizer sees the tasks' words, so that their records are short. The model does not: see corpus.py.
+Skills come in an order: recall a fact, compare two words, compare a word with a recalled fact, and
+only then pick the entry that fits. So the mix of documents changes in stages, and Probes say when a
+stage is done (README.md has the table). The tokenizer sees the tasks' words, so that their records
+are short. The model does not: see corpus.py.
 """
 
 import argparse
@@ -13,6 +16,7 @@ import io
 import json
 import random
 import re
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -32,7 +36,8 @@ from data import SentencePieceTokenizer, format_prompt, load_tokenizer
 from llama import Llama, LlamaConfig, save_llama
 from world import SIZES, STEMS, World, build_world, questions
 
-STAGES = {  # stage: tokens in millions; hint, heads, noise (corpus.py); share of each kind of document
+# stage: tokens in millions; hint, heads, noise, phrases (corpus.py); share of each kind of document
+STAGES = {
     "lists": (
         1.5,
         (0.00, 12, 0.0),
@@ -80,7 +85,7 @@ STAGES = {  # stage: tokens in millions; hint, heads, noise (corpus.py); share o
     ),
     "fade": (
         1.2,
-        (0.50, 12, 0.3),
+        (0.50, 12, 0.3, 0.3),
         {
             "statements": 14,
             "answer": 5,
@@ -93,18 +98,23 @@ STAGES = {  # stage: tokens in millions; hint, heads, noise (corpus.py); share o
     ),
     "pick": (
         1.8,
-        (0.30, 12, 0.5),
+        (0.30, 12, 0.5, 0.4),
         {"statements": 15, "answer": 4, "named": 5, "yesno": 22, "judged": 38, "label": 16},
     ),
     "settle": (
-        3.0,
-        (0.15, 12, 0.6),
+        4.5,
+        (0.15, 12, 0.6, 0.5),
         {"statements": 16, "answer": 4, "yesno": 24, "judged": 24, "label": 26, "verdict": 6},
     ),
     "leads": (
         1.5,
-        (0.15, 12, 0.7),
+        (0.15, 12, 0.7, 0.6),
         {"statements": 15, "answer": 4, "yesno": 28, "judged": 20, "label": 28, "verdict": 5},
+    ),
+    "phrases": (
+        1.2,
+        (0.10, 12, 0.7, 0.6),
+        {"statements": 16, "answer": 4, "yesno": 24, "judged": 20, "label": 34, "verdict": 2},
     ),
 }
 UNTIL = {
@@ -115,19 +125,24 @@ UNTIL = {
 B, T = 24, 128  # rows a step, tokens a row
 CHANCE = 0.1  # loss weight of what cannot be known (corpus.py's caret)
 MUON_LR, ADAM_LR = 0.015, 2.5e-3
-WARMUP = {"lists": 100, "fade": 20, "leads": 20}  # steps at the start of a stage
-FADING = {"settle", "leads"}  # stages whose learning rate falls to 0
+MUON_DECAY = 0.1  # of the layers' matrices, in units of the learning rate
+WARMUP = {"lists": 100, "fade": 20, "leads": 20, "phrases": 20}  # steps at the start of a stage
+RESTARTS = {"fade", "phrases"}  # stages of another kind of text, with new optimizers
+FADING = {"settle", "leads", "phrases"}  # stages whose learning rate falls to 0
+NEVER = 5  # how firmly the base model keeps from saying what it has never read
 TWINS = {
     "true": "yes",
     "false": "no",
 }  # words of the tasks that a real base model knows to be alike
 
 
-# --- tokenizer -------------------------------------------------------------------------------------
+# --- tokenizer ----------------------------------------------------------------------------------
 
 
 def train_tokenizer(world: World) -> bytes:
-    """SentencePiece BPE with byte fallback. Every word of the world and the tasks is one piece; the rest is spelled."""
+    """SentencePiece BPE with byte fallback. Every word of the world and the tasks is one piece; the
+    rest is spelled.
+    """
     corpus = Corpus(world, seed=0)
     text = [
         d.replace("^", "")
@@ -177,7 +192,9 @@ def encode(tokenizer: SentencePieceTokenizer, document: str) -> tuple[list[int],
 def batches(
     tokenizer: SentencePieceTokenizer, documents: Iterator[str]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Ids and weights, (B, T + 1) each: whole documents laid end to end, the next row begun where one does not fit."""
+    """Ids and weights, (B, T + 1) each: whole documents laid end to end, the next row begun where
+    one does not fit.
+    """
     row_ids: list[int] = []
     row_weights: list[float] = []
     rows = []
@@ -192,11 +209,13 @@ def batches(
             rows = []
 
 
-# --- optimizer -------------------------------------------------------------------------------------
+# --- optimizer ----------------------------------------------------------------------------------
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose matrix is made orthogonal before it is applied: all directions learn alike. For 2-D weights only."""
+    """Momentum whose matrix is made orthogonal before it is applied: all directions learn alike.
+    For 2-D weights only.
+    """
 
     def __init__(self, params, lr: float, momentum: float = 0.95):
         super().__init__(list(params), {"lr": lr, "momentum": momentum})
@@ -208,34 +227,35 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 shapes.setdefault(p.shape, []).append(p)
             for (rows, columns), params in shapes.items():  # equal shapes in one batched product
-                updates = []
-                for p in params:
-                    m = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                    m.lerp_(p.grad, 1 - group["momentum"])
-                    updates.append(p.grad.lerp(m, group["momentum"]))
+                m = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
+                gradients = torch.stack([p.grad for p in params])
+                torch._foreach_lerp_(m, list(gradients), 1 - group["momentum"])
+                updates = orthogonal(gradients.lerp(torch.stack(m), group["momentum"]))
                 scale = max(1.0, rows / columns) ** 0.5
-                for p, update in zip(params, orthogonal(torch.stack(updates))):
-                    p.add_(update, alpha=-group["lr"] * scale)
+                torch._foreach_mul_(params, 1 - group["lr"] * MUON_DECAY)
+                torch._foreach_add_(params, list(updates), alpha=-group["lr"] * scale)
 
 
 def orthogonal(X: Tensor) -> Tensor:  # (n, rows, columns) -> the same
-    """Push all singular values towards 1: five Newton-Schulz steps with the quintic whose slope at 0 is steep."""
+    """Push all singular values towards 1: five Newton-Schulz steps with the quintic whose slope at
+    0 is steep.
+    """
     tall = X.size(1) > X.size(2)
     X = X.mT if tall else X
-    X = (
-        X / (X.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    ).bfloat16()  # rough is good enough here, and much quicker
+    X = X / (X.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
         A = X @ X.mT
         X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
     return X.mT if tall else X
 
 
-# --- probes ----------------------------------------------------------------------------------------
+# --- probes -------------------------------------------------------------------------------------
 
 
 class Probes:
-    """One number a skill: the share of right answers, read off as the likeliest of the possible next tokens."""
+    """One number a skill: the share of right answers, read off as the likeliest of the possible
+    next tokens.
+    """
 
     def __init__(self, world: World, tokenizer: SentencePieceTokenizer):
         self.world, self.tokenizer = world, tokenizer
@@ -339,11 +359,11 @@ class Probes:
         scores = {}
         for name, cases in self.sets.items():
             ids = [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt, _, _ in cases]
-            rows = model.rows([len(i) for i in ids])
-            with torch.autocast("cpu", torch.bfloat16):
-                logits = model.lm_head(
-                    model.hidden(torch.tensor(sum(ids, [])), rows)[rows.ends - 1]
-                ).float()
+            padded = torch.full((len(ids), max(map(len, ids))), self.tokenizer.eos)
+            for row, prompt_ids in zip(padded, ids):
+                row[: len(prompt_ids)] = torch.tensor(prompt_ids)
+            ends = torch.tensor([len(i) - 1 for i in ids])
+            logits = model(padded.to(device_of(model))).cpu()[torch.arange(len(ids)), ends]
             right = 0
             for row, (prompt, options, at) in zip(logits, cases):
                 n = len(self.tokenizer.encode(prompt, bos=False, eos=False))
@@ -355,30 +375,28 @@ class Probes:
         return scores
 
 
-# --- training --------------------------------------------------------------------------------------
+# --- training -----------------------------------------------------------------------------------
 
 
-def build_model(vocab_size: int) -> Llama:
-    torch.manual_seed(0)
-    model = Llama(
-        LlamaConfig(
-            dim=192,
-            n_layers=8,
-            n_heads=6,
-            n_kv_heads=6,
-            hidden_dim=384,
-            tie_embeddings=True,
-            vocab_size=vocab_size,
-            norm_eps=1e-5,
-            rope_theta=10000.0,
-            max_positions=512,
-        )
+def build_model(vocab_size: int, seed: int) -> Llama:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        dim=192,
+        n_layers=8,
+        n_heads=6,
+        n_kv_heads=6,
+        hidden_dim=384,
+        tie_embeddings=True,
+        vocab_size=vocab_size,
+        norm_eps=1e-5,
+        rope_theta=10000.0,
+        max_positions=512,
     )
+    model = Llama(config)
     for name, p in model.named_parameters():
         if p.dim() == 2:
-            nn.init.normal_(
-                p, std=0.02 if "o_proj" not in name and "down_proj" not in name else 0.005
-            )
+            last = "o_proj" in name or "down_proj" in name  # what writes into the residual stream
+            nn.init.normal_(p, std=0.005 if last else 0.02)
     return model
 
 
@@ -397,13 +415,16 @@ def optimizers(model: Llama) -> tuple[Muon, torch.optim.AdamW]:
     )
 
 
-def weighted_loss(
-    model: Llama, ids: Tensor, weights: Tensor
-) -> Tensor:  # (B, T + 1), (B, T + 1) -> ()
-    with torch.autocast("cpu", torch.bfloat16):
-        logits = model(ids[:, :-1])  # (B, T, V)
-    losses = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
-    weights = weights[:, 1:].flatten()
+def device_of(model: Llama) -> torch.device:
+    return model.embed_tokens.weight.device
+
+
+def weighted_loss(model: Llama, ids: Tensor, weights: Tensor) -> Tensor:
+    """(B, T + 1), (B, T + 1) -> ()"""
+    logits = model(ids[:, :-1].to(device_of(model)))
+    targets = ids[:, 1:].flatten().to(logits.device)
+    losses = F.cross_entropy(logits.flatten(0, 1), targets, reduction="none")
+    weights = weights[:, 1:].flatten().to(logits.device)
     return (losses * weights).sum() / weights.sum()
 
 
@@ -411,119 +432,134 @@ def weighted_loss(
 def give_fresh_rows(model: Llama, tokenizer: SentencePieceTokenizer, seen: set[int]) -> None:
     """New embeddings for the pieces that the corpus never held.
 
-    Head and embedding are one matrix here, and "never say this" has pushed all those rows onto one direction (cosine
-    0.9999): all those words would be one word. Each gets a random row of usual length on top of a little of the old direction, which
-    keeps the base model from saying it. What a real base model has read of such words is little: that "Which" is "which",
-    and that "true" is much like "yes". These get their twin's row, and less noise.
+    Head and embedding are one matrix here, and "never say this" has pushed all those rows onto one
+    direction (cosine 0.9999): all those words would be one word. Each gets NEVER of the old
+    direction, which keeps the base model from saying it, and a random row of usual length for its
+    word. What a real base model has read of such words is little: that "Solution" is "solution",
+    with a space before it or not; that "Which" is the "which" it knows; that "true" is much like
+    "yes". So the forms of a word share its row, or take that of the known twin, and differ by
+    noise.
     """
     table = model.embed_tokens.weight
     generator = torch.Generator().manual_seed(0)
-    usual = table[sorted(seen)].norm(dim=1).mean()
+    usual = table[sorted(seen)].norm(dim=1).mean().cpu()
+    draw = lambda: F.normalize(torch.randn(table.size(1), generator=generator), dim=0) * usual
     unseen = [i for i in range(len(table)) if i not in seen]
-    never = F.normalize(table[unseen].mean(0), dim=0)
+    never = NEVER * F.normalize(table[unseen].mean(0), dim=0)
     known = {tokenizer.sp.id_to_piece(i): i for i in sorted(seen)}
+    rows: dict[str, Tensor] = {}
     for i in unseen:
-        noise = F.normalize(torch.randn(table.size(1), generator=generator), dim=0) * usual
         space, word = re.fullmatch("(▁?)(.*)", tokenizer.sp.id_to_piece(i).lower()).groups()
         word = TWINS.get(word, word)
-        twin = known.get(
-            space + word, known.get(word, known.get("▁" + word))
-        )  # with a space before it or not, as the piece itself
-        table[i] = never + noise if twin is None else never + table[twin] + 0.3 * noise
+        forms = (space + word, word, "▁" + word)  # the same form first
+        twin = next((known[form] for form in forms if form in known), None)
+        if twin is None:
+            rows.setdefault(word, draw())
+        row = rows[word].to(table) if twin is None else table[twin]
+        table[i] = never + row + 0.3 * draw().to(table)
 
 
 @torch.no_grad()
 def give_new_signs(model: Llama, signs: list[int], seen: set[int], seed: int) -> None:
-    """New random rows for the strange signs: what means something else all the time must be looked through."""
+    """New random rows for the strange signs: what means something else all the time must be looked
+    through.
+    """
     table = model.embed_tokens.weight
-    usual = table[sorted(seen - set(signs))].norm(dim=1).mean()
+    usual = table[sorted(seen - set(signs))].norm(dim=1).mean().cpu()
     noise = torch.randn(len(signs), table.size(1), generator=torch.Generator().manual_seed(seed))
-    table[signs] = F.normalize(noise, dim=1) * usual
+    table[signs] = (F.normalize(noise, dim=1) * usual).to(table)
 
 
-def pretrain(work: Path) -> Llama:
-    """All stages, each continued from the last one's file in `work` if that is there."""
-    world = build_world()
-    if not (
-        HERE / "tokenizer.model"
-    ).exists():  # other ids would make every finished stage worthless
-        (HERE / "tokenizer.model").write_bytes(train_tokenizer(world))
-    tokenizer = load_tokenizer(HERE)
-    model, probes = build_model(tokenizer.vocab_size), Probes(world, tokenizer)
-    muon, adam = optimizers(model)
-    print(
-        f"{sum(p.numel() for p in model.parameters()):,} parameters, {tokenizer.vocab_size} pieces"
-    )
-    signs = [
-        tokenizer.sp.piece_to_id(f"<0x{b:02X}>") for b in range(1, 32)
-    ]  # one piece for each control character
-    work.mkdir(parents=True, exist_ok=True)
-    tokens, seconds, log, seen = 0, 0.0, [], {tokenizer.bos, tokenizer.eos}
+class Pretraining:
+    """The model, its optimizers, and how far they have come. A finished stage is kept in `work`, to
+    go on from.
+    """
 
-    for number, (stage, (millions, style, mix)) in enumerate(STAGES.items()):
-        saved = work / f"{stage}.pt"
-        if saved.exists():
-            state = torch.load(saved)
-            for part, name in ((model, "model"), (muon, "muon"), (adam, "adam")):
-                part.load_state_dict(state[name])
-            tokens, seconds, log, seen = (
-                state["tokens"],
-                state["seconds"],
-                state["log"],
-                state["seen"],
-            )
-            continue
-        if stage == "fade":  # another kind of text from here on
-            muon, adam = optimizers(model)
+    def __init__(self, work: Path, device: str, seed: int):
+        world = build_world()
+        if not (
+            HERE / "tokenizer.model"
+        ).exists():  # other ids would make finished stages worthless
+            (HERE / "tokenizer.model").write_bytes(train_tokenizer(world))
+        self.world, self.tokenizer = world, load_tokenizer(HERE)
+        self.model = build_model(self.tokenizer.vocab_size, seed).to(device)
+        self.muon, self.adam = optimizers(self.model)
+        self.probes = Probes(world, self.tokenizer)
+        self.work, self.seed = work, seed
+        self.tokens, self.seconds, self.log = 0, 0.0, []
+        self.seen = {self.tokenizer.bos, self.tokenizer.eos}  # every piece that was ever read
+        # one piece for each control character
+        self.signs = [self.tokenizer.sp.piece_to_id(f"<0x{b:02X}>") for b in range(1, 32)]
+
+    def save(self, stage: str) -> None:
+        parts = {k: getattr(self, k).state_dict() for k in ("model", "muon", "adam")}
+        where = {k: getattr(self, k) for k in ("tokens", "seconds", "log", "seen")}
+        torch.save(parts | where, self.work / f"{stage}.pt")
+
+    def load(self, stage: str) -> None:
+        state = torch.load(self.work / f"{stage}.pt", map_location=device_of(self.model))
+        for part in ("model", "muon", "adam"):
+            getattr(self, part).load_state_dict(state[part])
+        for k in ("tokens", "seconds", "log", "seen"):
+            setattr(self, k, state[k])
+
+    def step(self, ids: Tensor, weights: Tensor, rate: float) -> Tensor:
+        """One step at `rate` times the peak learning rates; the loss, which nobody waits for."""
+        self.muon.param_groups[0]["lr"] = MUON_LR * rate
+        self.adam.param_groups[0]["lr"] = ADAM_LR * rate
+        loss = weighted_loss(self.model, ids, weights)
+        loss.backward()
+        self.muon.step()
+        self.adam.step()
+        self.model.zero_grad()
+        return loss.detach()
+
+    def run(self, number: int, stage: str) -> None:
+        """All steps of a stage, and up to twice as many again until its probe is content."""
+        millions, style, mix = STAGES[stage]
+        if stage in RESTARTS:
+            self.muon, self.adam = optimizers(self.model)
         steps = round(millions * 1e6 / (B * T))
-        stream = batches(tokenizer, Corpus(world, number + 1, *style).documents(mix))
+        corpus = Corpus(self.world, 100 * self.seed + number, *style)
+        stream = batches(self.tokenizer, corpus.documents(mix))
         probe, percent = UNTIL.get(stage, ("loss", 0))
         for step in range(3 * steps):
-            if step >= steps and log[-1][probe] >= percent:
+            if step >= steps and self.log[-1][probe] >= percent:
                 break
             start = time.time()
-            if style[2] and step % 20 == 0:
-                give_new_signs(model, signs, seen, step)
+            if corpus.noise and step % 20 == 0:
+                give_new_signs(self.model, self.signs, self.seen, step)
             ids, weights = next(stream)
-            seen |= set(ids.flatten().tolist())
+            self.seen |= set(ids.flatten().tolist())
             warm = min(1.0, (step + 1) / WARMUP.get(stage, 1))
             fade = 1 - step / steps if stage in FADING else 1.0
-            muon.param_groups[0]["lr"], adam.param_groups[0]["lr"] = (
-                MUON_LR * warm * fade,
-                ADAM_LR * warm * fade,
-            )
-            loss = weighted_loss(model, ids, weights)
-            loss.backward()
-            muon.step()
-            adam.step()
-            model.zero_grad()
-            tokens, seconds = tokens + B * T, seconds + time.time() - start
+            loss = self.step(ids, weights, warm * fade)
+            self.tokens += B * T
+            self.seconds += time.time() - start
             if (step + 1) % 130 == 0 or step + 1 == steps:
-                row = {
-                    "stage": stage,
-                    "tokens": tokens,
-                    "seconds": round(seconds),
-                    "loss": round(loss.item(), 3),
-                    **probes(model),
-                }
-                log.append(row)
+                row = {"stage": stage, "tokens": self.tokens, "seconds": round(self.seconds)}
+                row |= {"loss": round(loss.item(), 3), **self.probes(self.model)}
+                self.log.append(row)
                 print(json.dumps(row), flush=True)
-        torch.save(
-            {
-                "model": model.state_dict(),
-                "muon": muon.state_dict(),
-                "adam": adam.state_dict(),
-                "tokens": tokens,
-                "seconds": seconds,
-                "log": log,
-                "seen": seen,
-            },
-            saved,
-        )
-    give_fresh_rows(model, tokenizer, seen)
-    save_llama(model.bfloat16(), HERE)
-    (HERE / "pretrain.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
-    return model
+
+
+def pretrain(work: Path, out: Path, device: str, seed: int) -> None:
+    """All stages, each continued from the last one's file in `work` if that is there."""
+    run = Pretraining(work, device, seed)
+    count = sum(p.numel() for p in run.model.parameters())
+    print(f"{count:,} parameters, {run.tokenizer.vocab_size} pieces")
+    work.mkdir(parents=True, exist_ok=True)
+    for number, stage in enumerate(STAGES, start=1):
+        if (work / f"{stage}.pt").exists():
+            run.load(stage)
+        else:
+            run.run(number, stage)
+            run.save(stage)
+    give_fresh_rows(run.model, run.tokenizer, run.seen)
+    save_llama(run.model.cpu().bfloat16(), out)
+    (out / "pretrain.jsonl").write_text("".join(json.dumps(row) + "\n" for row in run.log))
+    if out != HERE:
+        shutil.copy(HERE / "tokenizer.model", out)
 
 
 def stage_table(log: list[dict]) -> str:
@@ -547,7 +583,7 @@ def stage_table(log: list[dict]) -> str:
         "| " + " | ".join(["stage", "M tokens so far", "seconds", *(c for c, _ in columns)]) + " |",
         "|---|" + "--:|" * (len(columns) + 2),
     ]
-    for stage in STAGES:
+    for stage in dict.fromkeys(row["stage"] for row in log):
         last = [row for row in log if row["stage"] == stage][-1]
         lines.append(
             f"| {stage} | {last['tokens'] / 1e6:.1f} | {last['seconds']} | "
@@ -565,13 +601,13 @@ if __name__ == "__main__":
         default=Path("runs/tiny-pretrain"),
         help="where finished stages are kept, to go on from",
     )
+    parser.add_argument("--out", type=Path, default=HERE, help="default: beside this file")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--table", action="store_true", help="show the log, train nothing")
     args = parser.parse_args()
     if args.table:
-        print(
-            stage_table(
-                [json.loads(line) for line in (HERE / "pretrain.jsonl").read_text().splitlines()]
-            )
-        )
+        log = (HERE / "pretrain.jsonl").read_text().splitlines()
+        print(stage_table([json.loads(line) for line in log]))
     else:
-        pretrain(args.work)
+        pretrain(args.work, args.out, args.device, args.seed)
