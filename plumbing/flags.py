@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -248,7 +248,7 @@ def training_parser() -> Parser:
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=140),
         description="Fine-tune a LLaMA with RoRA, or a method it is compared with.",
         epilog="exit codes: 0 done, 1 memory or disk, 2 flags or output folder, 3 data or "
-        "checkpoint, 4 loss not finite, 130/143 stopped and saved",
+        "checkpoint, 4 not finite, 128 + a signal: stopped and saved",
     )
     add_method_flags(parser.add_argument_group("what to train"))
     add_data_flags(parser.add_argument_group("on what"))
@@ -580,8 +580,9 @@ def exit_code(
             "of weights_only=True (CVE-2025-32434); pip install -r requirements.txt",
         )
     for stream in (sys.stdin, sys.stdout, sys.stderr):  # never die of what a terminal cannot show
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+        with suppress(io.UnsupportedOperation):  # half-read already
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")
     try:
         with ended_in_order(), naming_memory("while reading the model"):
             return work()

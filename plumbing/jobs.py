@@ -505,8 +505,11 @@ def check(args: argparse.Namespace) -> int:
         tokenizer = find_tokenizer(settings.ckpt)
     else:
         print(f"note: {folder} has no tokenizer: records count as {settings.max_len} tokens each")
-    with torch.device("meta"):
-        trial = open_llama(folder)[0] if weights else Llama(LlamaConfig.from_json(folder / CONFIG))
+    if weights:
+        trial = open_llama(folder)[0]
+    else:
+        with torch.device("meta"):
+            trial = Llama(LlamaConfig.from_json(folder / CONFIG))
     records, held_out = read_records(settings, tokenizer, trial)
     print(start_line(trial, settings.label))
     steps, tokens = total_steps(records, settings), sum(len(r.ids) for r in records)

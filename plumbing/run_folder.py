@@ -271,8 +271,8 @@ def stop_signals(alone: bool = True) -> Iterator[list[int]]:
 
     before = {}
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-        if signal.getsignal(number) == signal.SIG_IGN:  # as nohup wants it
-            continue
+        if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+            continue  # as nohup wants it
         try:
             before[number] = signal.signal(number, note)
         except ValueError:  # not the main thread, which alone may listen
