@@ -55,6 +55,7 @@ def base_identity(ckpt: str) -> str:
     return KNOWN_BY + hashlib.sha256(text.encode()).hexdigest()
 
 
+SCALE_KINDS = (int, float, type(None))
 KNOWN_BY = "sampled weights: "  # earlier versions knew a base by its files' headers
 
 
@@ -129,6 +130,9 @@ def read_run(folder: Path) -> dict:
             run_json[key]
         if not run_json["base_sha256"].startswith(KNOWN_BY):
             raise ValueError("base_sha256 is not of sampled weights")
+        for key, kinds in [("processes", int), ("steps", int), ("effective_scale", SCALE_KINDS)]:
+            if not isinstance(run_json.get(key, 1), kinds):
+                raise ValueError(f"{key} is {run_json[key]!r}")
         Settings.from_json(run_json["settings"])
         return run_json
     except FileNotFoundError:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import ROOT, flags, interrupt, jobs, make_world, run, score
+from helpers import ROOT, flags, interrupt, jobs, make_world, refused, run, score
 
 from plumbing import training
 
@@ -114,3 +114,13 @@ def test_the_run_s_folder_keeps_no_path_of_the_embedded_model(tmp_path, monkeypa
     assert run(*small, "--out", "run").code == 0
     said = (tmp_path / "run" / "run.json").read_text()
     assert str(ROOT) not in said and json.loads(said)["settings"]["data"] == "tiny/data/train.json"
+
+
+@pytest.mark.parametrize(
+    "change", [{"processes": None}, {"processes": "2"}, {"steps": "x"}, {"effective_scale": "s"}]
+)
+def test_a_run_json_whose_facts_are_not_what_they_should_be_is_refused(world, tmp_path, change):
+    assert interrupt(2, *flags(world, tmp_path / "run", **SHORT)).code == 130
+    path = tmp_path / "run" / "run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    refused(run("--resume", tmp_path / "run"), 2, "damaged", next(iter(change)))
