@@ -11,18 +11,17 @@ CLASS = ROOT / "lessons" / "class"
 PAGE = (CLASS / "README.md").read_text()
 
 
-def run(*command: str) -> str:
-    done = subprocess.run(
+def run(*command: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
         [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    return done.stdout
 
 
 def test_the_ten_lines_are_those_of_the_script_and_print_what_the_page_shows():
     shown, printed = re.search(r"```python\n(.*?)```\n\n```text\n(.*?)```", PAGE, re.S).groups()
     script = (CLASS / "gradient.py").read_text()
     assert script.endswith(shown) and len(shown.split("\n\n")) == 2
-    lines = [line.rsplit(" ", 1) for line in run("lessons/class/gradient.py").splitlines()]
+    lines = [line.rsplit(" ", 1) for line in run("lessons/class/gradient.py").stdout.splitlines()]
     expected = [line.rsplit(" ", 1) for line in printed.splitlines()]
     assert [name for name, _ in lines] == [name for name, _ in expected]
     norms = [float(norm) for _, norm in lines]
@@ -35,12 +34,15 @@ def test_the_readme_shows_the_same_ten_lines_if_it_shows_them():
     assert all(block == shown for block in blocks if "lora_B.grad.norm" in block)
 
 
-def test_the_pictures_of_the_class_are_drawn_from_runs_in_the_repository(tmp_path):
+def test_the_pictures_of_the_class_are_drawn_or_the_runs_that_they_lack_are_named(tmp_path):
     named = re.findall(r"`python (lessons/plot\.py) (.*?) --out runs/class`", PAGE)
     assert named
     pictures = [name for _, names in named for name in names.split()]
-    run("lessons/plot.py", *pictures, "--out", str(tmp_path))
-    assert {f"{name}.png" for name in pictures} == {path.name for path in tmp_path.iterdir()}
+    told = run("lessons/plot.py", *pictures, "--out", str(tmp_path)).stderr
+    assert any(tmp_path.iterdir())
+    for name in pictures:
+        drawn = (tmp_path / f"{name}.png").is_file()
+        assert drawn or f"plot: {name} needs several lrs: python lessons/sweep.py grid" in told
     for name in re.findall(r"runs/class/(\w+)\.png", PAGE):
         assert name in pictures
 
