@@ -216,7 +216,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise DataError(str(e)) from None
     except OSError as e:
         raise DataError(f"{path}: {e.strerror}") from None
-    except RuntimeError:
+    except (RuntimeError, UnicodeDecodeError):  # or a garbled complaint
         raise DataError(
             f"{path}: neither a SentencePiece model nor Llama-3's ranks; download it again"
         ) from None

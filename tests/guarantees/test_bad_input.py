@@ -25,6 +25,7 @@ from helpers import (
 )
 from safetensors.torch import load_file, save_file
 
+import data
 import llama
 from plumbing import flags as flag_module
 from plumbing import hf_files as checkpoints
@@ -250,6 +251,16 @@ def test_a_tokenizer_that_is_not_this_model_s_is_refused(world, content, said, m
         )
     result = train(world)
     refused(result, 3, *([said] if content is not None else ["tokenizer.model"]))
+
+
+def test_a_tokenizer_that_the_library_cannot_even_complain_about_is_refused(world, monkeypatch):
+    """Its message holds the file's bytes, which are not UTF-8."""
+
+    def garbled(model):
+        raise UnicodeDecodeError("utf-8", model, 0, 1, "invalid start byte")
+
+    monkeypatch.setattr(data, "SentencePieceTokenizer", garbled)
+    refused(train(world), 3, "tokenizer.model", "neither a SentencePiece model nor")
 
 
 # --- records --------------------------------------------------------------------------------------
