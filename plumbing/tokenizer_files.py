@@ -193,7 +193,7 @@ def short(value: object) -> str:
     return text if len(text) <= 200 else text[:200] + "..."
 
 
-def read_added(path: Path, entries: list) -> tuple[dict[str, int], dict[str, int]]:
+def read_added(path: Path, entries: object) -> tuple[dict[str, int], dict[str, int]]:
     """(tokens found in a text, special tokens), each {content: id}.
 
     The library finds special tokens in a text too; here they are ids alone (data.BPETokenizer).
@@ -201,12 +201,14 @@ def read_added(path: Path, entries: list) -> tuple[dict[str, int], dict[str, int
     found: dict[str, int] = {}
     special: dict[str, int] = {}
     when = set()
+    if not isinstance(entries, list):
+        raise CheckpointError(f'{path}: "added_tokens" must be a list')
     for entry in entries:
         try:
             content, i, is_special = entry["content"], entry["id"], entry["special"]
-            if not content or not isinstance(content, str) or type(i) is not int or i < 0:
+            if not content.encode() or type(i) is not int or i < 0:
                 raise ValueError
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, AttributeError):
             raise CheckpointError(f'{path}: "added_tokens" holds {short(entry)}') from None
         if is_special:
             special[content] = i

@@ -2,15 +2,17 @@
 
 import dataclasses
 import json
+import random
 import shutil
 
 import pytest
 import torch
 from helpers import CONFIG, flags, interrupt, make_world, refused, run, score
-from test_bpe import LLAMA3, SMOLLM2, write
+from test_bpe import BEGIN, END, LLAMA3, SMOLLM2, TEMPLATE, write
 
-from data import load_tokenizer
+from data import DataError, load_tokenizer
 from llama import Llama, LlamaConfig, RopeScaling, load_llama, save_llama
+from plumbing.hf_files import CheckpointError
 
 SHAPES = {  # what is particular about each, but for the size
     "llama-3.1": (LLAMA3, {"rope_theta": 5e5, "rope_scaling": RopeScaling(8.0, 1.0, 4.0, 8192)}),
@@ -99,3 +101,64 @@ def test_an_adapter_of_a_named_checkpoint_carries_the_name_that_others_know(worl
     for name in ("run.json", "checkpoints"):
         shutil.move(tmp_path / "r" / name, tmp_path / f"not-{name}")
     assert run("--merge", "r", "--out", "merged").code == 0  # found by that name too
+
+
+# --- any damage -----------------------------------------------------------------------------------
+
+ODD = [
+    None,
+    True,
+    0,
+    -1,
+    1.5,
+    float("nan"),
+    "",
+    "x",
+    "\ud800",
+    [],
+    [None],
+    {},
+    {"type": []},
+    10**30,
+]
+
+
+def places(value, path=()):
+    """The path of every part of a JSON value, of long lists and objects the first ones."""
+    yield path
+    children = value.items() if isinstance(value, dict) else ()
+    children = enumerate(value) if isinstance(value, list) else children
+    for key, child in list(children)[:30]:
+        yield from places(child, (*path, key))
+
+
+def put(value, path, new):
+    if not path:
+        return new
+    value = value.copy()
+    value[path[0]] = put(value[path[0]], path[1:], new)
+    return value
+
+
+@pytest.mark.parametrize("name, read", [("tokenizer.json", load_tokenizer), ("config.json", None)])
+def test_whatever_stands_in_a_file_it_is_read_or_refused_in_one_line(tmp_path, name, read):
+    """300 files with one or two parts replaced by something odd."""
+    rng = random.Random(0)
+    added = [END, BEGIN, {"id": 902, "content": "foo", "special": False}]
+    write(tmp_path, MERGES, pre_tokenizer=SMOLLM2, post_processor=TEMPLATE, added_tokens=added)
+    if read is None:
+        cfg = dataclasses.replace(CONFIG, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192))
+        (tmp_path / name).write_text(json.dumps(cfg.to_json(torch.float32)))
+        read = lambda folder: LlamaConfig.from_json(folder / name)
+    whole, refusals = json.loads((tmp_path / name).read_text()), 0
+    for _ in range(300):
+        spoilt = whole
+        for _ in range(rng.randint(1, 2)):
+            spoilt = put(spoilt, rng.choice(list(places(spoilt))), rng.choice(ODD))
+        (tmp_path / name).write_text(json.dumps(spoilt))
+        try:
+            read(tmp_path)
+        except (DataError, CheckpointError) as e:
+            assert name in str(e) and "\n" not in str(e)
+            refusals += 1
+    assert 150 < refusals < 300
