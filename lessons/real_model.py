@@ -162,6 +162,7 @@ def draw(plt, found: list[dict]):
             if points:
                 ax.plot(*zip(*points), **LOOK[method])
         ax.set(title=f"r = {rank}", xlabel="lr·s·√r/α", xscale="log", ylabel="held-out loss")
+        ax.minorticks_off()  # their labels would lie on one another
     s, last = found[-1]["settings"], found[-1]
     text = (
         f"{last['ckpt']}, {last['parameters']:,} parameters, on {last['device']}; {s['steps']} "
