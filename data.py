@@ -38,8 +38,8 @@ class Task(NamedTuple):
     new_tokens: int = 32  # how many the model may say; 32 in the paper's scripts
 
 
-# As LLM-Adapters' scorer has it: answer4 and answer5 are legal even where three were offered. In the
-# order of the paper's tables.
+# As LLM-Adapters' scorer has it: answer4 and answer5 are legal even where three were offered.
+# In the order of the paper's tables.
 TASKS = {
     "boolq": Task(r"true|false"),
     "piqa": Task(r"solution[12]"),
