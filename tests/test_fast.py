@@ -1,8 +1,5 @@
 """Each faster way beside the plain one that it equals; tests/test_gpu.py has those of a GPU."""
 
-import logging
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -10,7 +7,7 @@ import fast
 import rora
 from conftest import SMALL, shake
 from data import Record, collate
-from llama import Llama, apply_rope, compile_blocks, generate, rope_tables
+from llama import Llama, apply_rope, generate, rope_tables
 
 LENGTHS = [9, 5, 12, 7, 4]
 
@@ -133,25 +130,3 @@ def test_greedy_answers_are_those_of_whole_texts_without_a_cache():
             for i in range(0, 5, size):
                 said += generate(model, prompts[i : i + size], 7, 2, draft)
             assert said == whole
-
-
-def test_compiled_blocks_are_compiled_once_for_all_lengths():
-    """backend="eager": what is recorded and when is Dynamo's part, and needs no compiler."""
-    import torch._dynamo as dynamo
-
-    dynamo.reset()
-    logging.getLogger("torch.__trace").setLevel(logging.ERROR)  # or pytest keeps all it says
-    torch.manual_seed(0)
-    model = Llama(replace(SMALL, n_layers=1))
-    rora.attach(model, "rora", 4, dropout=0.1)
-    compile_blocks(model.train(), backend="eager")
-
-    def step(lengths: list[int]) -> None:
-        records = [Record(draw(n, n), 1, n) for n in lengths]
-        sum(rora.backward(model, [collate(records)], rora.targets_in(records), 0))
-
-    step([7, 9, 12])
-    with dynamo.config.patch(error_on_recompile=True):
-        for lengths in ([5, 6], [20, 3, 8, 9], [14, 13]):
-            step(lengths)
-    dynamo.reset()

@@ -36,7 +36,7 @@ RUN_BY = {  # a program: the file that runs it, with small settings
     "lessons/class/gradient.py": "tests/guarantees/test_class.py",
     "tiny/world.py": "tests/test_tiny.py",
     "tiny/pretrain.py": "tests/test_tiny.py",
-    "tools/conform.py": "tests/test_conform.py",
+    "tools/conform.py": "tests/guarantees/test_conform.py",
     "tools/gguf_to_hf.py": "tests/guarantees/test_gguf_to_hf.py",
     "tools/meta_to_hf.py": "tests/guarantees/test_meta_to_hf.py",
     "./weights_download.sh": "tests/guarantees/test_download.py",
