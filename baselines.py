@@ -110,6 +110,10 @@ class PrefixAttention(nn.Module):
         return self.rank
 
     def forward(
-        self, x: Tensor, rows: Rows, cache: tuple[Tensor, Tensor] | None = None
+        self,
+        x: Tensor,
+        rows: Rows,
+        cache: tuple[Tensor, Tensor] | None = None,
+        only: Tensor | None = None,
     ) -> Tensor:  # (N, C) -> (N, C)
-        return self.base(x, rows, cache, past=(self.prefix_k, self.prefix_v))
+        return self.base(x, rows, cache, only, past=(self.prefix_k, self.prefix_v))

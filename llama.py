@@ -167,7 +167,8 @@ class Rows:
         positions: (N,) each token's position, as RoPE counts it, and its place in a cache.
         rope: cos and sin at those positions.
         start: where all rows begin. Whatever lies before, every row sees the same.
-        decoding: True when each row is one new token whose predecessors lie in a cache.
+        decoding: how many places of a cache are in use, when each row is one new token whose
+            predecessors lie there; 0 for whole rows.
     """
 
     def __init__(
@@ -176,14 +177,16 @@ class Rows:
         positions: Tensor,
         rope: tuple[Tensor, Tensor],
         start: int = 0,
-        decoding: bool = False,
+        decoding: int = 0,
     ):
         self.lengths, self.positions, self.start = lengths, positions, start
         self.decoding = decoding
         self.cos, self.sin = rope
         self.B, self.T = len(lengths), max(lengths)
         self.even = min(lengths) == self.T
+        self.places = decoding or start + self.T  # of a cache, up to the longest row's last
         self.bounds: tuple[Tensor, Tensor] | None = None
+        self.mask: Tensor | None = None
         device = positions.device
         counts = torch.tensor(lengths)
         ends = counts.cumsum(0)
@@ -204,6 +207,18 @@ class Rows:
             queries = F.pad(self.ends.repeat_interleave(2), (1, 0))  # 0, n, n, n + m, n + m, ...
             self.bounds = queries.int(), keys.int()
         return self.bounds
+
+    def visible(self) -> Tensor:
+        """What each token sees of a cache, to be added to scores: 0, or minus infinity. (T, S) for
+        whole rows, alike for all; (B, 1, 1, S) for one new token each."""
+        if self.mask is None:
+            S, device = self.places, self.positions.device
+            last = torch.arange(self.start, S, device=device)[:, None]  # (T, 1)
+            if self.decoding:
+                last = self.positions[:, None, None, None]  # (B, 1, 1, 1)
+            hidden = torch.arange(S, device=device) > last
+            self.mask = torch.zeros(hidden.shape, device=device).masked_fill_(hidden, -torch.inf)
+        return self.mask
 
     def pad(self, x: Tensor) -> Tensor:  # (N, H, D) -> (B, H, T, D)
         """Rows of equal length for kernels that need them. Zeros on the right: no earlier token can see them."""
@@ -292,23 +307,30 @@ def vary(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, T: int, S:
 
 
 class KVCache:
-    """Keys and values of every layer for B rows of at most S tokens, allocated once: (L, B, G, S, D) each."""
+    """Keys and values of every layer for B rows of at most S tokens, allocated once:
+    2 L of (B, G, S, D)."""
 
     def __init__(self, model: "Llama", B: int, S: int):
         cfg, weight = model.cfg, model.embed_tokens.weight
-        shape = (cfg.n_layers, B, cfg.n_kv_heads, S, cfg.head_dim)
-        if weight.is_cuda:  # a place's heads side by side, as attend_in_cache reads them
-            shape = (cfg.n_layers, B, S, cfg.n_kv_heads, cfg.head_dim)
-        new = lambda: torch.zeros(shape, dtype=weight.dtype, device=weight.device)
-        self.k, self.v = (new().transpose(2, 3) if weight.is_cuda else new() for _ in range(2))
+        G, D = cfg.n_kv_heads, cfg.head_dim
+        # on CUDA a place's heads lie side by side in memory, as attend_in_cache reads them
+        shape = (B, S, G, D) if weight.is_cuda else (B, G, S, D)
+        new = lambda: torch.empty(shape, dtype=weight.dtype, device=weight.device)
+        pair = lambda: tuple(new().transpose(1, 2) if weight.is_cuda else new() for _ in range(2))
+        self.layers = [pair() for _ in range(cfg.n_layers)]
+
+    def clear(self, first: int, end: int) -> None:
+        """Nothing in these places: what is not seen must be finite, too."""
+        for x in (x for layer in self.layers for x in layer if not can_vary(x)):
+            x[:, :, first:end] = 0
 
     def share_first_row(self, n: int) -> None:
         """Give every row what the first has in its first n places."""
-        for x in (self.k, self.v):
-            x[:, 1:, :, :n] = x[:, :1, :, :n]
+        for x in (x for layer in self.layers for x in layer):
+            x[1:, :, :n] = x[:1, :, :n]
 
     def __getitem__(self, layer: int) -> tuple[Tensor, Tensor]:
-        return self.k[layer], self.v[layer]
+        return self.layers[layer]
 
 
 class Attention(nn.Module):
@@ -327,11 +349,13 @@ class Attention(nn.Module):
         x: Tensor,
         rows: Rows,
         cache: tuple[Tensor, Tensor] | None = None,
+        only: Tensor | None = None,
         past: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """(N, C) -> (N, C). `cache`: this layer's (B, G, S, D) keys and values, filled here. `past`: as in attend().
+        """(N, C) -> (N, C), or of `only` these tokens.
 
-        Where there is a cache, the past is what it holds before the rows' first places: the same for every row.
+        cache: this layer's keys and values, (B, G, S, D), filled here. past: as in attend(); with a
+        cache, it is put into its first places.
         """
         N = x.size(0)
         dtype = x.dtype if x.is_cuda else torch.float32  # CPU kernels are quicker, and exact, in it
@@ -347,6 +371,8 @@ class Attention(nn.Module):
                 if old is not None and not rows.decoding:
                     place[:, :, : old.size(1)] = old
             y = self.look_back(q, rows, *cache)
+        if only is not None:
+            y = y[only]
         return self.o_proj(y.flatten(1).to(x.dtype))
 
     def look_back(self, q: Tensor, rows: Rows, keys: Tensor, values: Tensor) -> Tensor:
@@ -354,21 +380,18 @@ class Attention(nn.Module):
         (N, H, D) -> (N, H, D)."""
         if can_vary(q):
             return attend_in_cache(q, keys, values, rows)
-        if rows.decoding:
+        keys, values = (x[: rows.B, :, : rows.places] for x in (keys, values))
+        if rows.decoding and not q.is_cuda:
             return self.decode(q, rows, keys, values)
-        S = rows.start + rows.T  # places up to the longest row's last
-        k, v = (x[: rows.B, :, :S].to(q.dtype) for x in (keys, values))
-        return rows.unpad(sdpa(rows.pad(q), k, v, causal_mask(rows.T, S, q.device)))
+        mask = rows.visible().to(q.dtype)
+        return rows.unpad(sdpa(rows.pad(q), keys.to(q.dtype), values.to(q.dtype), mask))
 
     def decode(self, q: Tensor, rows: Rows, keys: Tensor, values: Tensor) -> Tensor:
-        """look_back() of one new token a row, by plain products: (B, H, D) -> (B, H, D)."""
-        places = torch.arange(keys.size(2), device=q.device)
-        visible = (places <= rows.positions[:, None])[:, None, None]  # (B, 1, 1, S)
+        """look_back() of one new token a row, by plain products, which read a CPU's memory faster
+        than sdpa does for so few queries: (B, H, D) -> (B, H, D)."""
         q = q.view(rows.B, self.n_kv_heads, -1, self.head_dim)  # (B, G, H/G, D): sharing a key head
-        if q.is_cuda:
-            return sdpa(q, keys, values, visible).flatten(1, 2)
-        q = (q * self.head_dim**-0.5).to(keys.dtype)  # few queries: this reads memory faster
-        scores = (q @ keys.transpose(2, 3)).masked_fill(~visible, -torch.inf)  # (B, G, H/G, S)
+        q = (q * self.head_dim**-0.5).to(keys.dtype)
+        scores = q @ keys.transpose(2, 3) + rows.visible()  # (B, G, H/G, S)
         return (scores.softmax(-1, torch.float32).to(values.dtype) @ values).flatten(1, 2)
 
 
@@ -392,9 +415,15 @@ class Block(nn.Module):
         self.mlp = SwiGLU(cfg)
 
     def forward(
-        self, x: Tensor, rows: Rows, cache: tuple[Tensor, Tensor] | None = None
-    ) -> Tensor:  # (N, C) -> (N, C)
-        x = x + self.self_attn(self.input_layernorm(x), rows, cache)
+        self,
+        x: Tensor,
+        rows: Rows,
+        cache: tuple[Tensor, Tensor] | None = None,
+        only: Tensor | None = None,
+    ) -> Tensor:
+        """(N, C) -> (N, C), or of `only` these tokens, which see all others in attention."""
+        y = self.self_attn(self.input_layernorm(x), rows, cache, only)
+        x = (x if only is None else x[only]) + y
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -428,18 +457,26 @@ class Llama(nn.Module):
         )
 
     def hidden(
-        self, ids: Tensor, rows: Rows, cache: KVCache | None = None, checkpoint_blocks: int = 0
+        self,
+        ids: Tensor,
+        rows: Rows,
+        cache: KVCache | None = None,
+        only: Tensor | None = None,
+        checkpoint_blocks: int = 0,
     ) -> Tensor:
-        """(N,) token ids -> (N, C), what lm_head reads.
+        """(N,) token ids -> (N, C), what lm_head reads; of `only` these tokens, where others are
+        not asked for.
 
-        The first `checkpoint_blocks` blocks keep their input alone and are computed again in the backward pass.
+        The first `checkpoint_blocks` blocks keep their input alone and are computed again in the
+        backward pass.
         """
         x = self.embed_tokens(ids)
         for i, layer in enumerate(self.layers):
             if i < checkpoint_blocks:
                 x = checkpoint(layer, x, rows, use_reentrant=False)
             else:
-                x = layer(x, rows, cache[i] if cache is not None else None)
+                asked = only if i + 1 == len(self.layers) else None
+                x = layer(x, rows, cache[i] if cache is not None else None, asked)
         return self.norm(x)
 
     def forward(self, ids: Tensor) -> Tensor:  # (B, T) -> (B, T, V)
@@ -480,36 +517,40 @@ def generate(
         return [[] for _ in prompts]
     if not all(prompts):
         raise ValueError("an empty prompt: give the begin token at least")
-    device, P, B = model.embed_tokens.weight.device, model.prefix_len, len(prompts)
-    draft = list(draft)[: max_new - 1]
+    device, draft = model.embed_tokens.weight.device, list(draft)[: max_new - 1]
+    P, B, n = model.prefix_len, len(prompts), len(draft)
     lengths, shared = [len(p) for p in prompts], common_prefix(prompts)
-    cache = KVCache(model, B, P + max(lengths) + max_new)
+    used = P + max(lengths) + n  # places of the cache
+    cache = KVCache(model, B, used + max_new)
+    cache.clear(P + min(lengths), used)
     if shared:
         model.hidden(torch.tensor(prompts[0][:shared], device=device), model.rows([shared]), cache)
         cache.share_first_row(P + shared)
-    rows = model.rows([n - shared + len(draft) for n in lengths], shared)
+    rows = model.rows([length - shared + n for length in lengths], shared)
     ids = torch.tensor([i for p in prompts for i in p[shared:] + draft], device=device)
-    hidden = model.hidden(ids, rows, cache)
-    speaking = rows.ends[:, None] - torch.arange(len(draft) + 1, 0, -1, device=device)
-    said = greedy(model, hidden[speaking])  # (B, n + 1) behind the prompt and each draft token
-    right = said[:, :-1] == torch.tensor(draft, device=device)  # (B, n)
-    kept = right.cumprod(1).sum(1)  # (B,) how much of the draft the model says itself
+    speaking = rows.ends[:, None] - torch.arange(n + 1, 0, -1, device=device)  # (B, n + 1)
+    hidden = model.hidden(ids, rows, cache, only=speaking.flatten())
+    said = greedy(model, hidden).view(B, n + 1)  # behind the prompt and behind each draft token
+    right = said[:, :n] == torch.tensor(draft, device=device)  # (B, n)
+    column = right.cumprod(1).sum(1)  # (B,) how much of the draft the model says itself
     out = torch.full((B, max_new), eos, device=device)  # (B, max_new)
-    drafted = torch.arange(len(draft), device=device) < kept[:, None]
-    out[:, : len(draft)] = said[:, :-1].masked_fill(~drafted, eos)
-    token = said.gather(1, kept[:, None]).squeeze(1)  # (B,) the first of its own
-    positions, column = P + torch.tensor(lengths, device=device) + kept, kept
+    out[:, : n + 1] = said
+    token = said.gather(1, column[:, None]).squeeze(1)  # (B,) the first of its own
+    positions, row = P + torch.tensor(lengths, device=device) + column, torch.arange(B)
     done = torch.zeros(B, dtype=torch.bool, device=device)
-    row = torch.arange(B, device=device)
     while True:
-        out[row, column] = torch.where(done, out[row, column], token)
         done |= (token == eos) | (column + 1 == max_new)
         if done.all():
-            return [row[: row.index(eos)] if eos in row else row for row in out.tolist()]
+            ends = (column + 1).tolist()
+            answers = [answer[:end] for answer, end in zip(out.tolist(), ends)]
+            return [a[: a.index(eos)] if eos in a else a for a in answers]
+        cache.clear(used, used + 1)
+        used += 1
         rope = rope_tables(positions, rope_frequencies(model.cfg, device))
-        step = Rows([1] * B, positions, rope, decoding=True)
+        step = Rows([1] * B, positions, rope, decoding=used)
         token = greedy(model, model.hidden(token, step, cache))
         positions, column = positions + ~done, column + ~done
+        out[row, column] = torch.where(done, out[row, column], token)
 
 
 def greedy(model: Llama, hidden: Tensor) -> Tensor:  # (..., C) -> (...) token ids

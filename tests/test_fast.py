@@ -130,3 +130,14 @@ def test_greedy_answers_are_those_of_whole_texts_without_a_cache():
             for i in range(0, 5, size):
                 said += generate(model, prompts[i : i + size], 7, 2, draft)
             assert said == whole
+
+
+def test_the_last_block_may_work_for_the_tokens_that_are_asked_for_alone():
+    torch.manual_seed(0)
+    model = Llama(SMALL)
+    for method in (None, "prefix"):
+        if method:
+            rora.attach(model, method, 4)
+        ids, rows, asked = torch.tensor(draw(14, 0)), model.rows([9, 5]), torch.tensor([8, 2, 13])
+        whole = model.hidden(ids, rows)
+        assert torch.allclose(model.hidden(ids, rows, only=asked), whole[asked], atol=1e-6)

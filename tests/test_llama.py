@@ -142,9 +142,9 @@ def test_what_all_prompts_begin_with_goes_through_the_model_once(tiny, own, monk
     tokens_passed = []
     hidden = Llama.hidden
 
-    def watched(model, ids, *rest):
+    def watched(model, ids, *rest, **asked):
         tokens_passed.append(len(ids))
-        return hidden(model, ids, *rest)
+        return hidden(model, ids, *rest, **asked)
 
     monkeypatch.setattr(Llama, "hidden", watched)
     generate(tiny, prompts, 1, eos=-1)
@@ -173,7 +173,7 @@ def test_rows_behind_a_past_get_what_each_gets_behind_it_alone():
 def test_plain_products_against_the_cache_are_the_fused_attention(groups):
     attn = Attention(dataclasses.replace(SMALL, n_kv_heads=groups))
     positions = torch.tensor([2, 9, 5])
-    rows = Rows([1, 1, 1], positions, rope_tables(positions, FREQS_OF_8), decoding=True)
+    rows = Rows([1, 1, 1], positions, rope_tables(positions, FREQS_OF_8), decoding=11)
     q, (keys, values) = torch.randn(3, 4, 8), torch.randn(2, 3, groups, 11, 8)
     visible = torch.arange(11) <= positions[:, None]
     fused = sdpa(q[:, :, None], keys, values, visible[:, None, None])[:, :, 0]
@@ -211,7 +211,8 @@ def test_an_empty_prompt_is_refused_and_no_prompts_are_no_answers(tiny):
 
 def test_the_cache_is_allocated_once(tiny):
     cache = KVCache(tiny, B=3, S=11)
-    assert cache.k.shape == cache.v.shape == (2, 3, 2, 11, 8)  # (L, B, G, S, D)
+    assert len(cache.layers) == 2  # L
+    assert all(x.shape == (3, 2, 11, 8) for layer in cache.layers for x in layer)  # (B, G, S, D)
 
 
 def test_padding_the_rows_and_back_is_the_identity():
