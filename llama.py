@@ -1,6 +1,7 @@
 """LLaMA by hand: RMSNorm, rotary positions, grouped-query attention, SwiGLU, greedy decoding.
 
-This file knows token ids. It knows nothing of text (data.py), of fine-tuning (rora.py) or of files (checkpoints.py).
+This file knows token ids. It knows nothing of text (data.py), of fine-tuning (rora.py), of how
+files are laid out (plumbing/hf_files.py).
 
 Shapes are written with one alphabet, in every file of this project:
     B  rows, i.e. sequences      T  tokens of the longest row      N  tokens of all rows together
@@ -8,16 +9,17 @@ Shapes are written with one alphabet, in every file of this project:
     H  query heads               G  key/value heads                D  head width, C / H
     L  layers                    S  places in a KV cache           P  places taken by a prefix
 
-A batch is one flat stream of N tokens, its rows laid end to end. Everything but attention treats each token alone, so
-no arithmetic is spent on padding; attention is told by a `Rows` where each row begins.
+A batch is one flat stream of N tokens, its rows laid end to end. Everything but attention treats
+each token alone, so no arithmetic is spent on padding; attention is told by a `Rows` where each row
+begins.
 
 Where precision changes (base dtype: bf16 on CUDA; fp32 or bf16 on a CPU):
     base weights, matrix products, residual stream    base dtype
     inside RMSNorm; rotary tables and rotation        fp32
-    scores, softmax, weighted sum of values           base dtype with fp32 accumulation on CUDA, fp32 on a CPU
+    scores, softmax, weighted sum of values           fp32 on a CPU; on CUDA base dtype, sums fp32
     the same for one new token behind a cache         base dtype, the softmax fp32
     loss (rora.py)                                    fp32
-    adapters, their gradients, AdamW (rora.py)        fp32; A and B are cast to the base dtype where they multiply
+    adapters, their gradients, AdamW (rora.py)        fp32; products with A and B in base dtype
 """
 
 import inspect
@@ -221,7 +223,8 @@ class Rows:
         return self.mask
 
     def pad(self, x: Tensor) -> Tensor:  # (N, H, D) -> (B, H, T, D)
-        """Rows of equal length for kernels that need them. Zeros on the right: no earlier token can see them."""
+        """Rows of equal length for kernels that need them. Zeros on the right: no earlier token can
+        see them."""
         if not self.even:
             x = x.new_zeros(self.B * self.T, *x.shape[1:]).index_copy(0, self.slot, x)
         return x.view(self.B, self.T, *x.shape[1:]).transpose(1, 2)
@@ -276,7 +279,8 @@ def causal_mask(T: int, S: int, device: torch.device) -> Tensor:  # (T, S)
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
-    """torch's fused attention, (B, H, T, D) x (B, G, S, D) -> (B, H, T, D), with each key head serving H / G queries."""
+    """torch's fused attention, (B, H, T, D) x (B, G, S, D) -> (B, H, T, D); each key head serves
+    H / G queries."""
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.size(1) != k.size(1)
     )
@@ -313,11 +317,13 @@ class KVCache:
     def __init__(self, model: "Llama", B: int, S: int):
         cfg, weight = model.cfg, model.embed_tokens.weight
         G, D = cfg.n_kv_heads, cfg.head_dim
-        # on CUDA a place's heads lie side by side in memory, as attend_in_cache reads them
-        shape = (B, S, G, D) if weight.is_cuda else (B, G, S, D)
-        new = lambda: torch.empty(shape, dtype=weight.dtype, device=weight.device)
-        pair = lambda: tuple(new().transpose(1, 2) if weight.is_cuda else new() for _ in range(2))
-        self.layers = [pair() for _ in range(cfg.n_layers)]
+
+        def new() -> Tensor:
+            if weight.is_cuda:  # a place's heads side by side in memory, as attend_in_cache reads
+                return weight.new_empty(B, S, G, D).transpose(1, 2)
+            return weight.new_empty(B, G, S, D)
+
+        self.layers = [(new(), new()) for _ in range(cfg.n_layers)]
 
     def clear(self, first: int, end: int) -> None:
         """Nothing in these places: what is not seen must be finite, too."""
@@ -428,7 +434,7 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """The whole model. Submodules bear the names of Hugging Face's state dicts, less the leading "model."."""
+    """The whole model. Submodules bear the names of Hugging Face's state dicts, less "model."."""
 
     def __init__(self, cfg: LlamaConfig):
         super().__init__()
@@ -445,7 +451,8 @@ class Llama(nn.Module):
         return cast(Block, self.layers[0]).self_attn.prefix_len
 
     def rows(self, lengths: list[int], shared: int = 0) -> Rows:
-        """Rows that begin at position 0, or after the prefix where there is one, and after `shared` tokens seen by all."""
+        """Rows that begin at position 0, or after the prefix where there is one, and after `shared`
+        tokens seen by all."""
         device = self.embed_tokens.weight.device
         start = self.prefix_len + shared
         positions = torch.cat([torch.arange(start, start + n) for n in lengths]).to(device)
@@ -494,7 +501,8 @@ def compile_blocks(model: Llama, **how) -> None:
 
 
 def common_prefix(prompts: list[list[int]]) -> int:
-    """With how many tokens all of several prompts begin, leaving each at least one of its own; 0 for a single prompt."""
+    """With how many tokens all of several prompts begin, leaving each at least one of its own; 0
+    for a single prompt."""
     differ = (i for i, ids in enumerate(zip(*prompts)) if len(set(ids)) > 1)
     return next(differ, min(map(len, prompts)) - 1) if len(prompts) > 1 else 0
 
@@ -560,7 +568,7 @@ def greedy(model: Llama, hidden: Tensor) -> Tensor:  # (..., C) -> (...) token i
 def open_llama(
     folder: str | Path, tied: bool | None = None
 ) -> tuple[Llama, TensorFiles, dict[str, tuple[int, ...]]]:
-    """(the model on the meta device, its files, the tensors to read from them). Reads headers alone.
+    """(the model on the meta device, its files, the tensors to read from them). Reads headers only.
 
     tied: whether lm_head is embed_tokens, whatever config.json says. Raises CheckpointError when
     config, names or shapes do not fit.
@@ -585,8 +593,9 @@ def load_llama(
 ) -> Llama:
     """A model from a Hugging Face folder: config.json and *.safetensors or pytorch_model*.bin.
 
-    Built on the meta device and filled one tensor at a time, so that host memory holds about one tensor. dtype None
-    keeps the dtype on disk. Raises CheckpointError, before anything is read, when names or shapes do not fit.
+    Built on the meta device and filled one tensor at a time, so that host memory holds about one
+    tensor. dtype None keeps the dtype on disk. Raises CheckpointError, before anything is read,
+    when names or shapes do not fit.
     """
     model, files, want = open_llama(folder)
     cfg = model.cfg
@@ -604,7 +613,8 @@ def load_llama(
 
 
 def save_llama(model: Llama, folder: str | Path) -> None:
-    """Write config.json and safetensors in Hugging Face's layout. Raises ValueError while adapters are attached."""
+    """Write config.json and safetensors in Hugging Face's layout. Raises ValueError while adapters
+    are attached."""
     state = model.state_dict()
     with torch.device("meta"):
         plain = Llama(model.cfg).state_dict()
