@@ -9,7 +9,8 @@ The model goes on greedily behind each question's prompt. It is right if the fir
 what it says is the record's: the rule of LLM-Adapters' scorer. (The paper's scripts decode with
 four beams; every result here says "greedy".) This file knows models and questions.
 plumbing/scoring.py calls it for whole test sets: it keeps every generation in eval/<task>.jsonl and
-goes on where it stopped.
+goes on where it stopped. In fp32 an answer does not depend on the questions beside it; in bf16,
+where two tokens nearly tie, it can: --exact asks each question alone.
 """
 
 import math

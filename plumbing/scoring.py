@@ -60,6 +60,7 @@ from rora import load_adapter, loss_sum, merge
 
 NEW_TOKENS = Task("").new_tokens
 DECODE = f"greedy, {NEW_TOKENS} new tokens"  # a task with another number says so in its row
+OPENING = "the correct answer is"  # how the records' outputs begin, and a trained model's answers
 
 # --- answers --------------------------------------------------------------------------------------
 
@@ -70,7 +71,7 @@ def answer_questions(
     task: str,
     examples: list[dict],
     file: Path,
-    batch_size: int | None,
+    batches: "Batches",
     style: str,
     stop: list[int],
 ) -> None:
@@ -87,16 +88,16 @@ def answer_questions(
             f"note: the longest question of {task} has {longest} tokens; with its answer that is "
             f"beyond the {model.cfg.max_positions} positions that this model was made for"
         )
-    batch_size = batch_size or fitting_batch(model, longest)
+    draft = [] if batches.exact else opening_tokens(tokenizer, examples[0], style)
     done = read_generations(file)
     processes.wait()  # all have read the file before the first writes on
     todo = sorted(prompts.keys() - done.keys(), key=lambda i: (-len(prompts[i]), i))
-    together = batch_size * processes.world()
     progress = Progress(task, len(examples), len(todo))
     with file.open("a", encoding="utf-8") as lines, progress.bar:
-        for start in range(0, len(todo), together):
-            batch = processes.share(todo[start : start + together])
-            answers = answer_batch(model, task, [prompts[i] for i in batch], tokenizer.eos)
+        while todo:
+            together = batches.rows(model, len(prompts[todo[0]])) * processes.world()
+            batch, todo = processes.share(todo[:together]), todo[together:]
+            answers = answer_batch(model, task, [prompts[i] for i in batch], tokenizer.eos, draft)
             rows = []
             for i, ids in zip(batch, answers):
                 said = tokenizer.decode(ids)
@@ -110,11 +111,55 @@ def answer_questions(
                 raise run_folder.Stopped(stop[0] if stop else 143)
 
 
-def answer_batch(model: Llama, task: str, prompts: list[list[int]], eos: int) -> list[list[int]]:
+class Batches(NamedTuple):
+    """How many questions are answered at once.
+
+    In bf16 a product's last bit depends on how many rows it has, and so, where two tokens nearly
+    tie, does the greedy one: a score may differ by a question or two with the batches. exact: each
+    question alone, which no other question and no --batch-size can touch. In fp32 no difference was
+    seen.
+    """
+
+    exact: bool
+    most: int | None  # --batch-size; None: what fits
+    room: float  # bytes
+
+    @classmethod
+    def of(cls, args: argparse.Namespace, device: torch.device) -> "Batches":
+        """With the memory there is now: all that is free but a part for what is not counted."""
+        room = memory.available(device) * (0.8 if device.type == "cuda" else 0.5)
+        room = processes.total(room, device) / processes.world()  # all must cut alike
+        return cls(bool(args.exact), 1 if args.exact else args.batch_size, room)
+
+    def rows(self, model: Llama, longest: int) -> int:
+        """Questions in a batch whose longest has so many tokens: places in the cache are counted,
+        not questions, so that one long prompt does not decide for all."""
+        if self.most:
+            return self.most
+        most = 512 if model.lm_head.weight.is_cuda else 64
+        return max(1, min(most, int(self.room // question_bytes(model, longest))))
+
+    def words(self) -> str:
+        if self.exact:
+            return "each question alone"
+        return f"batches of {self.most}" if self.most else "batches of what fits"
+
+
+def opening_tokens(tokenizer, example: dict, style: str) -> list[int]:
+    """What OPENING adds to a prompt: every answer's draft, kept where the model says it too."""
+    prompt = format_prompt(example, style)
+    before = tokenizer.encode(prompt, bos=True, eos=False)
+    whole = tokenizer.encode(prompt + OPENING, bos=True, eos=False)
+    return whole[len(before) :] if whole[: len(before)] == before else []
+
+
+def answer_batch(
+    model: Llama, task: str, prompts: list[list[int]], eos: int, draft: list[int]
+) -> list[list[int]]:
     size = len(prompts) * question_bytes(model, max(map(len, prompts), default=0))
     doing = f"answering {len(prompts)} questions of {task} at once"
     with naming_memory(f"{doing}, estimated at {size / 1e9:.2f} GB beside the model"):
-        return generate(model, prompts, TASKS[task].new_tokens, eos)
+        return generate(model, prompts, TASKS[task].new_tokens, eos, draft)
 
 
 class Progress:
@@ -142,19 +187,11 @@ EVERY = 60  # seconds between two lines
 
 
 def question_bytes(model: Llama, longest: int) -> int:
-    """What one question takes: its cache, and the widest activations of the pass that fills it;
-    fp32 at worst."""
-    cfg = model.cfg
+    """What one question takes: its cache, and the widest activations of the pass that fills it."""
+    cfg, size = model.cfg, model.lm_head.weight.element_size()
     cache = 2 * cfg.n_layers * cfg.n_kv_heads * cfg.head_dim * (longest + NEW_TOKENS)
-    return 4 * (cache + longest * (3 * cfg.hidden_dim + 6 * cfg.dim))
-
-
-def fitting_batch(model: Llama, longest: int) -> int:
-    """How many questions fit into half of the free memory."""
-    weight = model.embed_tokens.weight
-    most = 512 if weight.is_cuda else 64
-    room = memory.available(weight.device) // 2
-    return max(1, min(most, room // question_bytes(model, longest)))
+    wide = size if model.lm_head.weight.is_cuda else 4  # a CPU computes attention in fp32
+    return size * cache + wide * longest * (3 * cfg.hidden_dim + 6 * cfg.dim)
 
 
 def read_generations(file: Path) -> dict[int, str]:
@@ -263,7 +300,7 @@ def ask(model: Llama, tokenizer, question: str, style: str) -> str:
     if offered := sorted(offered_answers(e)):
         scores = []
         for answer in offered:
-            whole = tokenizer.encode(f"{prompt}the correct answer is {answer}", bos=True, eos=True)
+            whole = tokenizer.encode(f"{prompt}{OPENING} {answer}", bos=True, eos=True)
             with torch.no_grad():
                 scores.append(-loss_sum(model, collate([Record(whole, len(ids), 0)])).item())
         chances = zip(torch.tensor(scores).softmax(0).tolist(), offered)
@@ -311,6 +348,12 @@ def build_parser() -> Parser:
         type=at_least(1),
         metavar="N",
         help="questions at once (default: what fits, at most 512)",
+    )
+    parser.add_argument(
+        "--exact",
+        action="store_true",
+        default=None,
+        help="each question alone: in bf16, scores that no batch can touch; several times slower",
     )
     parser.add_argument(
         "--ask",
@@ -438,6 +481,7 @@ def score(args: argparse.Namespace) -> int:
         "decode": DECODE,
         "prompt": asked.style,
         "dtype": asked.dtype,
+        "exact": bool(args.exact),
     }
     for task in tests:
         identity[f"{task}_sha256"] = run_folder.sha256(find_test_file(data, task))
@@ -448,7 +492,8 @@ def score(args: argparse.Namespace) -> int:
             f"{folder} was replaced while it was read, by a training that still runs; score it "
             "again"
         )
-    facts = {"data": named, "merged": merged, "limit": args.limit}
+    batches = Batches.of(args, asked.device)
+    facts = {"data": named, "merged": merged, "limit": args.limit, "batches": batches.words()}
     results = {"mean": None, "tasks": {}, **identity, **facts}
     title = title_of(asked, merged)
     processes.wait()  # all have looked at the folder before the first writes there
@@ -464,9 +509,7 @@ def score(args: argparse.Namespace) -> int:
         try:
             for task, examples in tests.items():
                 file = out / f"{task}.jsonl"
-                answer_questions(
-                    model, tokenizer, task, examples, file, args.batch_size, asked.style, stop
-                )
+                answer_questions(model, tokenizer, task, examples, file, batches, asked.style, stop)
                 if processes.first():
                     count_answers(task, examples, read_generations(file), results)
                     run_folder.write_json(out / "results.json", results)
@@ -524,6 +567,8 @@ def check_same(out: Path, identity: dict) -> dict:
     Returns old and new facts together."""
     path = out / "settings.json"
     before = read_json(path) if path.exists() else {}
+    if before:
+        before.setdefault("exact", False)  # not asked for before there was --exact
     advice = "move or delete it to score anew"
     if not before and any(out.glob("*.jsonl")):
         raise run_folder.RunError(f"{out} holds answers of unknown origin; {advice}")
@@ -531,6 +576,8 @@ def check_same(out: Path, identity: dict) -> dict:
         what = ", ".join(f"{key} {before.get(key)}" for key in changed)
         if changed[0] == "adapter_sha256":
             what = "another adapter"
+        if changed[0] == "exact":
+            what = "answers " + ("without" if identity["exact"] else "with") + " --exact"
         raise run_folder.RunError(f"{out} holds scores of {what}; {advice}")
     return before | identity
 
@@ -553,9 +600,11 @@ def main(argv: list[str] | None = None) -> int:
             print(f"saved {plot_runs([Path(folder) for folder in args.plot], out)}")
             return 0
         if args.ask is not None:
-            for name in ("data", "tasks", "limit", "batch_size", "out"):
+            for name in ("data", "tasks", "limit", "batch_size", "exact", "out"):
                 if name in given:
                     raise FlagError(f"--{name.replace('_', '-')} has no effect with --ask")
+        if args.exact and args.batch_size:
+            raise FlagError("--exact answers each question alone: --batch-size has no effect")
         with processes.joined():
             return score(args) if args.ask is None else ask_all(args)
 

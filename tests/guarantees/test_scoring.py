@@ -196,3 +196,45 @@ def test_the_mean_is_of_the_scores_that_stand_beside_it(benchmark, tmp_path):
     scores = [float(row[task]) for task in results["tasks"]]
     assert float(row["mean"]) == pytest.approx(sum(scores) / 8, abs=0.06)
     assert row["boolq"] == "100.0" and row["method"] == "base"
+
+
+def test_exact_asks_each_question_alone_and_is_kept_apart(world, whole, tmp_path, monkeypatch):
+    """So in bf16, too, an answer is the same whatever else is asked, and in whatever order."""
+    generate, asked = scoring.generate, []
+
+    def watched(model, prompts, new, eos, draft):
+        asked.append((len(prompts), draft))
+        return generate(model, prompts, new, eos, draft)
+
+    monkeypatch.setattr(scoring, "generate", watched)
+    command = (whole, "--data", world.tests, "--tasks", "boolq", "--dtype", "bf16")
+    once = (*command, "--exact", "--out", tmp_path / "once")
+    assert score(*once).code == 0 and set(map(str, asked)) == {"(1, [])"}
+    for n in (1, 3, 11):
+        assert score(*command, "--exact", "--limit", n, "--out", tmp_path / "steps").code == 0
+    answers = [tree(tmp_path / name)["boolq.jsonl"] for name in ("once", "steps")]
+    said = [sorted(text.splitlines()) for text in answers]
+    assert said[0] == said[1]
+    facts = json.loads((tmp_path / "once" / "results.json").read_text())
+    assert (facts["exact"], facts["batches"]) == (True, "each question alone")
+    refused(score(*once[:-3], *once[-2:]), 2, "answers with --exact")
+    refused(score(*once, "--batch-size", 3), 2, "--batch-size has no effect")
+
+
+def test_one_long_question_makes_its_own_batch_small_not_all(tiny):
+    batches = scoring.Batches(exact=False, most=None, room=40 * scoring.question_bytes(tiny, 100))
+    assert batches.rows(tiny, 100) == 40
+    assert batches.rows(tiny, 1000) < 6 and batches.rows(tiny, 10) == 64
+    assert batches.rows(tiny, 10**6) == 1
+    half = tiny.bfloat16()
+    assert scoring.question_bytes(half, 100) < scoring.question_bytes(tiny.float(), 100)
+
+
+def test_a_trained_model_s_answers_begin_as_the_draft_does(world, whole, tmp_path, monkeypatch):
+    generate, drafts = scoring.generate, []
+    watched = lambda *a: drafts.append(a[4]) or generate(*a)
+    monkeypatch.setattr(scoring, "generate", watched)
+    command = (whole, "--data", world.tests, "--tasks", "boolq", "--limit", 2, "--out", tmp_path)
+    assert score(*command).code == 0
+    tokenizer = scoring.find_tokenizer(str(world.base))
+    assert tokenizer.decode(drafts[0]).strip() == scoring.OPENING
