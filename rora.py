@@ -11,7 +11,7 @@ It reads no flags and writes no run folder; plumbing/jobs.py does, and calls `tr
     LoRA: γ = α / r                  (below Eq. 1)     SCALES["linear"]
     RoRA: γ = α / √r                  (Sec. III-B)     SCALES["sqrt"]           <- the whole method
     B = 0 at the start                     (Eq. 3)     LoRALinear.__init__
-    ‖w‖ falls like 1/r, or stays     (Eq. 14, 15)      "Why √r", measured in tests/test_scaling.py
+    ‖w‖ falls like 1/r, or stays     (Eq. 14, 15)      "Why √r", measured in lessons/derivation.md
     DoRA: m · (m0 + γ B A) / ‖m0 + γ B A‖    ([27])    DoRALinear
     the training recipe                  (Sec. IV)     learning_rate, train_step, train
 
@@ -68,7 +68,7 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.base, self.rank, self.alpha, self.dropout = base, rank, alpha, nn.Dropout(dropout)
         # A random, B zero: the update starts at 0, so training starts from the base model exactly,
-        # and B's gradient is not 0, so it can leave. With both zero nothing would ever move.
+        # and B moves at the first step, its gradient being not 0. With both zero nothing would.
         # fp32, whatever the base: bf16 cannot add lr = 1e-4 to a weight of 1.
         device = base.weight.device
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=device))  # (r, I)
@@ -107,22 +107,22 @@ class RoRALinear(LoRALinear):
 
 
 # Why √r.
-# 1. The paper's steps. B starts at 0, so in the first step A's gradient is 0 and only B moves
-#    (Eq. 3). For the next input x', what the adapter adds is then (Eq. 4)
-#        w = -η γ² δ · (xᵀAᵀA x').
-#    Each of A's r rows adds one term to xᵀAᵀA x', so the paper takes its size to be r and finds
+# 1. The paper's steps. B starts at 0, so in the first step A's gradient is 0 and only B moves, by
+#    -η γ δ (A x)ᵀ (Eq. 3). For the next input x' the adapter adds w = -η γ² δ · (xᵀAᵀA x') (Eq. 4).
+#    Each of A's r rows adds one term to xᵀAᵀA x', so the paper takes its size to grow like r:
 #    ‖w‖ ≈ c γ² r (Eq. 12). With γ = α/r that is c α²/r: the higher the rank, the less a step does
 #    (Eq. 14). With γ = α/√r it is c α² at every rank (Eq. 15).
 # 2. Where this slips, and what carries it. Eq. 9 lets A, x and x' be independent and finds
-#    Var[w] = η² δ² γ⁴ · r² p_in. Counted out, it is r p_in (r + p_in + 1): at ranks well below
-#    p_in the r terms have random signs, and their sum grows like √r. But real inputs are alike.
-#    What x and x' share adds up without a sign, E[xᵀAᵀA x'] = r ⟨x, x'⟩ for A of variance 1, and
-#    this part is what lowers the loss. Its size is r, so α/√r keeps it.
+#    Var[w] = η² δ² γ⁴ · r² p_in. Counted out, it is r p_in (r + p_in + 1): the terms have random
+#    signs, and at ranks well below p_in their sum grows like √r, not r. But real inputs are alike.
+#    What x and x' share adds up without a sign: E[xᵀAᵀA x'] = r ⟨x, x'⟩ for A of variance 1. For
+#    x' = x it is ‖A x‖², r positive terms. This part lowers the loss, in one step by η ‖∂L/∂B‖²,
+#    which goes like γ² r: under α/√r the first step's gain is the same at every rank.
 # 3. What AdamW changes. All of this is gradient descent. The recipe below uses AdamW, whose first
-#    step moves every entry of B by lr, however small its gradient. Then w grows like lr γ r: now
-#    α/r keeps it, and under α/√r it grows like √r. RoRA at rank r is LoRA whose B learns √r times
-#    as fast. So it is worth having where one learning rate serves all ranks, as in the paper's
-#    Fig. 1. Where each rank gets a rate of its own, expect little.
+#    step moves every entry of B by lr, however small its gradient. Then the loss falls by lr γ r
+#    times a constant: α/r makes the gain the same, and under α/√r it grows like √r. RoRA at rank r
+#    is LoRA whose B learns √r times as fast. It helps where the learning rate is too low for LoRA
+#    at a high rank, maybe so in Fig. 1. Where each rank has its own best rate, expect little.
 # lessons/derivation.md measures each of these steps, lessons/results/findings.md what came of it.
 
 
@@ -158,8 +158,8 @@ class DoRALinear(LoRALinear):
 @dataclass(frozen=True)
 class Method:  # with the class itself, all that other files know of a method
     layer: type[Any]  # an Adapter, as baselines.py describes it
-    rank: int = 32  # the default, and
-    rank_is: str = "rank"  # what it counts
+    rank: int = 32  # the default of --rank
+    rank_is: str = "rank"  # what --rank counts
     dropout: float | None = 0.05  # the default; None: it takes none
     lr: float = 2e-4  # the default, where the checkpoint has none of its own
     other_scales: tuple[str, ...] = ()  # what --scale may ask for beside layer.scale
@@ -227,7 +227,7 @@ def wrappers(model: nn.Module) -> dict[str, Adapter]:
 
 def merge(model: Llama) -> None:
     """Fold every adapter into its layer, in memory: added in fp32, rounded once to the base dtype.
-    Raises ValueError for a method that is no change of a weight matrix."""
+    Raises ValueError for a method that cannot be written as another weight matrix."""
     refuse.unmergeable(METHODS, adapter_settings(model).method)
     for name, layer in wrappers(model).items():
         parent, _, child = name.rpartition(".")
@@ -241,7 +241,7 @@ def merge(model: Llama) -> None:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Sec. IV, in the numbers of DoRA's scripts."""
+    """The numbers of DoRA's scripts, which Sec. IV follows."""
 
     steps: int
     batch_size: int = 16
@@ -296,7 +296,7 @@ def targets_in(records: list[Record]) -> int:
 
 
 def backward(model, batches: Iterable[Batch], count: int, recomputed: int) -> Iterator[Tensor]:
-    """Add each micro-batch's gradient, tell its share of the loss. So does fast.Graphs.backward."""
+    """Add each micro-batch's gradient, yield its loss; as fast.Graphs.backward does."""
     with fast.held(model):
         for batch in batches:
             loss = loss_sum(model, batch, recomputed) / count

@@ -130,8 +130,10 @@ def read_run(folder: Path) -> dict:
             run_json[key]
         if not run_json["base_sha256"].startswith(KNOWN_BY):
             raise ValueError("base_sha256 is not of sampled weights")
-        for key, kinds in [("processes", int), ("steps", int), ("effective_scale", SCALE_KINDS)]:
-            if not isinstance(run_json.get(key, 1), kinds):
+        kinds = {"processes": int, "steps": int, "effective_scale": SCALE_KINDS}
+        kinds |= dict.fromkeys(("finished", "compile", "graphs"), bool)
+        for key, kind in kinds.items():
+            if key in run_json and not isinstance(run_json[key], kind):
                 raise ValueError(f"{key} is {run_json[key]!r}")
         Settings.from_json(run_json["settings"])
         return run_json

@@ -33,14 +33,14 @@ def from_rank_16_to_256(Layer, optimizer: str) -> tuple[float, float]:
 
 
 def test_under_gradient_descent_lora_takes_a_sixteenth_of_the_step_at_sixteen_times_the_rank():
-    """s = α/r: a quarter of the gradient, a sixteenth of the progress.  (Eq. 14)"""
+    """s = α/r: a quarter of the gradient, a sixteenth of the progress."""
     gradient, progress = from_rank_16_to_256(LoRALinear, "sgd")
     assert gradient == pytest.approx(1 / 4, rel=0.1)
     assert progress == pytest.approx(1 / 16, rel=0.1)
 
 
 def test_under_gradient_descent_rora_takes_the_same_step_at_every_rank():
-    """s = α/√r: the same gradient, the same progress.  (Eq. 15)"""
+    """s = α/√r: the same gradient, the same progress."""
     gradient, progress = from_rank_16_to_256(RoRALinear, "sgd")
     assert gradient == pytest.approx(1, rel=0.1)
     assert progress == pytest.approx(1, rel=0.1)

@@ -117,7 +117,11 @@ def test_the_run_s_folder_keeps_no_path_of_the_embedded_model(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize(
-    "change", [{"processes": None}, {"processes": "2"}, {"steps": "x"}, {"effective_scale": "s"}]
+    "change",
+    [
+        *({"processes": None}, {"processes": "2"}, {"steps": "x"}, {"effective_scale": "s"}),
+        *({"compile": [[]]}, {"graphs": 1}, {"finished": "no"}),
+    ],
 )
 def test_a_run_json_whose_facts_are_not_what_they_should_be_is_refused(world, tmp_path, change):
     assert interrupt(2, *flags(world, tmp_path / "run", **SHORT)).code == 130
