@@ -564,6 +564,7 @@ def fuzz(folder: Path, count: int, seed: int = 0):
         ("flags", None, None, None),
         ("flags of eval.py", None, None, None),
     ]
+    signal.signal(signal.SIGALRM, took_a_minute)
     rng = random.Random(seed)
     for i in range(count):
         fault, file, mutate, command = kinds[i % len(kinds)]
@@ -620,6 +621,10 @@ def fuzz(folder: Path, count: int, seed: int = 0):
         shutil.rmtree(here)
 
 
+def took_a_minute(*_) -> None:
+    raise TimeoutError("a minute")
+
+
 @functools.cache
 def tokenizer_of_size(size: int) -> bytes:
     return make_tokenizer(
@@ -639,7 +644,6 @@ def complaint(result) -> str | None:
 
 
 def main(parts: list[str]) -> int:
-    signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(TimeoutError("a minute")))
     jobs = {
         "instants": every_instant,
         "kills": real_kills,
