@@ -8,7 +8,7 @@
     x · cos + roll(x) · sin              Rotation: fewer passes, and backwards it turns back
     backward, kernel after kernel        Graphs: a micro-batch's work recorded once, then replayed
 
-rora.py and llama.py can be read, and would be right, without this file.
+With the plain ones in their place, rora.py and llama.py would be right without this file.
 """
 
 from __future__ import annotations

@@ -318,7 +318,7 @@ def build_parser() -> Parser:
         prog="eval.py",
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=__doc__,
+        description="Score a run, a PEFT adapter or a base model on the tasks' test questions.",
     )
     parser.add_argument(
         "run",
