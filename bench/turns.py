@@ -1,6 +1,7 @@
 """Workers that take turns, and what is said about them: medians, spreads, ratios, slopes, tables.
 
-This file imports no torch: a child's peak memory, as Linux counts it, is at least what its parent held when it was born.
+This file imports no torch: a child's peak memory, as Linux counts it, is at least what its parent
+held when it was born.
 """
 
 import json
@@ -19,7 +20,7 @@ HERE = Path(__file__).resolve().parent
 
 
 class Worker:
-    """A bench/worker.py process. Raises RuntimeError with the end of its complaints when it dies."""
+    """A bench/worker.py process. Raises RuntimeError with the end of its complaints if it dies."""
 
     def __init__(self, **spec):
         self.spec, self.complaints = spec, tempfile.TemporaryFile("w+")
@@ -47,8 +48,8 @@ class Worker:
 
 
 def take_turns(specs: dict[str, dict], turns: list[dict], warmup: int = 1) -> dict[str, dict]:
-    """{name: {"spec", "ready", "turns": [...]}}. Round by round every worker does the same turn, so that what disturbs
-    the machine disturbs all of them."""
+    """{name: {"spec", "ready", "turns": [...]}}. Round by round every worker does the same turn, so
+    that what disturbs the machine disturbs all of them."""
     print("  " + ", ".join(specs), end="", file=sys.stderr, flush=True)
     workers = {
         name: Worker(**spec) for name, spec in specs.items()
@@ -75,7 +76,7 @@ def take_turns(specs: dict[str, dict], turns: list[dict], warmup: int = 1) -> di
     return results
 
 
-# --- numbers ---------------------------------------------------------------------------------------
+# --- numbers --------------------------------------------------------------------------------------
 
 
 def rates(result: dict, what: str) -> list[float]:

@@ -1,14 +1,17 @@
-"""One measured thing in a process of its own, so that its peak memory is its own: python bench/worker.py SPEC
+"""One measured thing in a process of its own, so that its peak memory is its own:
+python bench/worker.py SPEC
 
-SPEC and every turn are JSON objects. The process builds what SPEC names, says so in a line, and then answers each line
-on its standard input, a turn, with a line: what was done and how long it took. bench/turns.py is the other end.
+SPEC and every turn are JSON objects. The process builds what SPEC names, says so in a line, and
+then answers each line on its standard input, a turn, with a line: what was done and how long it
+took. bench/turns.py is the other end.
 
-Both sides get the same records, the same precision (bf16 weights, fp32 adapters), fused AdamW and clipping. transformers
-+ PEFT run as their documentation has it: SDPA attention (to answer, eager attention beside it), right padding to the
-longest record of the batch with labels -100 (left padding to generate), adapters kept in fp32; "autocast" is what
-Trainer(bf16=True) adds.
+Both sides get the same records, the same precision (a base of bf16 unless said, fp32 adapters),
+fused AdamW and clipping. transformers + PEFT run as their documentation has it: SDPA attention (to
+answer, eager attention beside it), right padding to the longest record of the batch with labels
+-100 (left padding to generate), adapters kept in fp32; "autocast" is what Trainer(bf16=True) adds.
 """
 
+import hashlib
 import json
 import os
 import random
@@ -35,8 +38,9 @@ from data import (
     load_examples,
     load_tokenizer,
 )
-from plumbing import jobs, memory
 from llama import Llama, LlamaConfig, compile_blocks, generate, load_llama, save_llama
+from plumbing import jobs, memory
+from plumbing.scoring import opening_tokens
 
 SHAPES = {
     "toy": LlamaConfig(64, 2, 4, 4, 172),  # to see that all of it runs
@@ -50,7 +54,7 @@ SHAPES = {
 LR, ALPHA, NEW_TOKENS = 2e-4, 64, 32
 Job = Callable[[dict], dict]  # a turn -> what was done in it
 
-# --- the same work for both ------------------------------------------------------------------------
+# --- the same work for both -----------------------------------------------------------------------
 
 
 def config(spec: dict) -> LlamaConfig:
@@ -58,8 +62,12 @@ def config(spec: dict) -> LlamaConfig:
     return LlamaConfig(**{**vars(cfg), "n_layers": spec.get("layers", cfg.n_layers)})
 
 
+def base_dtype(spec: dict) -> torch.dtype:
+    return getattr(torch, spec.get("base_dtype", "bfloat16"))
+
+
 def linear_weights(cfg: LlamaConfig) -> int:
-    """N of the 4N FLOPs a token: all matrices that multiply, the head among them, the embedding not."""
+    """N of the 4N FLOPs a token: all matrices that multiply, the head too, the embedding not."""
     kv = cfg.n_kv_heads * cfg.head_dim
     return (
         cfg.n_layers * cfg.dim * (2 * cfg.dim + 2 * kv + 3 * cfg.hidden_dim)
@@ -72,7 +80,8 @@ def real_data(cfg: LlamaConfig):
     folder = Path(os.environ.get("RORA_DATA", ROOT.parent / "shared" / "data"))
     if not (folder / "train" / "commonsense_mini.json").is_file():
         sys.exit(
-            f"bench: no train/commonsense_mini.json in {folder}: RORA_DATA must name the folder with the records and tokenizers"
+            f"bench: no train/commonsense_mini.json in {folder}: RORA_DATA must name the folder of "
+            "records and tokenizers"
         )
     return folder, load_tokenizer(
         folder / ("llama3" if cfg.vocab_size > 32000 else "") / "tokenizer.model"
@@ -80,7 +89,8 @@ def real_data(cfg: LlamaConfig):
 
 
 def training_batches(cfg: LlamaConfig, n: int = 800) -> Callable[[dict], list[Record]]:
-    """batch(turn): that round's records. Grouped: neighbours in length, as transformers' group_by_length makes them."""
+    """batch(turn): that round's records. Grouped: neighbours in length, as transformers'
+    group_by_length makes them."""
     folder, tokenizer = real_data(cfg)
     examples = load_examples(folder / "train" / "commonsense_mini.json")
     shuffled = encode_records(
@@ -112,13 +122,13 @@ def test_prompts(cfg: LlamaConfig, n: int) -> list[list[int]]:
     )
 
 
-# --- ours ------------------------------------------------------------------------------------------
+# --- ours -----------------------------------------------------------------------------------------
 
 
 def our_model(spec: dict, device: torch.device) -> Llama:
     """Random weights, made where they are used."""
     with torch.device("meta"):
-        model = Llama(config(spec)).to(torch.bfloat16)
+        model = Llama(config(spec)).to(base_dtype(spec))
     model.to_empty(device=device)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -153,7 +163,9 @@ def our_training(spec: dict, device: torch.device) -> Job:
 
 def our_answers(spec: dict, device: torch.device) -> Job:
     model = (
-        load_llama(spec["folder"], device) if "folder" in spec else our_model(spec, device)
+        load_llama(spec["folder"], device, base_dtype(spec))
+        if "folder" in spec
+        else our_model(spec, device)
     ).eval()
     prompts, n, new = (
         test_prompts(model.cfg, spec["questions"]),
@@ -172,7 +184,7 @@ def our_answers(spec: dict, device: torch.device) -> Job:
     return answer
 
 
-# --- transformers + PEFT ---------------------------------------------------------------------------
+# --- transformers + PEFT --------------------------------------------------------------------------
 
 
 def padded(rows: list, side: str, fill: int, device: torch.device) -> torch.Tensor:  # -> (B, T)
@@ -190,12 +202,12 @@ def mask(rows: list, side: str, device: torch.device) -> torch.Tensor:  # -> (B,
 def their_model(spec: dict, device: torch.device):
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    options = {"dtype": torch.bfloat16, "attn_implementation": spec.get("attention", "sdpa")}
+    options = {"dtype": base_dtype(spec), "attn_implementation": spec.get("attention", "sdpa")}
     if "folder" in spec:
         return AutoModelForCausalLM.from_pretrained(spec["folder"], **options).to(device)
     with torch.device(device):
         return AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(**config(spec).to_json(torch.bfloat16)), **options
+            AutoConfig.for_model(**config(spec).to_json(base_dtype(spec))), **options
         )
 
 
@@ -276,7 +288,51 @@ def their_answers(spec: dict, device: torch.device) -> Job:
     return answer
 
 
-# --- beside them -----------------------------------------------------------------------------------
+# --- the embedded model, scored by both -----------------------------------------------------------
+
+
+def embedded_batches(limit: int | None) -> tuple[list[list[list[int]]], list[int], int]:
+    """(its test questions, task after task in batches of 64, longest first; the opening as a draft;
+    the end token)."""
+    tokenizer, batches = load_tokenizer(ROOT / "tiny"), []
+    for task in TASKS:
+        examples = load_examples(find_test_file(ROOT / "tiny" / "data", task), task)[:limit]
+        prompts = [tokenizer.encode(format_prompt(e), bos=True, eos=False) for e in examples]
+        prompts.sort(key=len, reverse=True)
+        batches += [prompts[i : i + 64] for i in range(0, len(prompts), 64)]
+    return batches, opening_tokens(tokenizer, examples[0], "clean"), tokenizer.eos
+
+
+def scored(answer: Callable[[list[list[int]]], list[list[int]]], batches: list) -> Job:
+    def turn(_: dict) -> dict:
+        said = [ids for prompts in batches for ids in answer(prompts)]
+        return {"questions": len(said), "said": hashlib.sha256(repr(said).encode()).hexdigest()}
+
+    return turn
+
+
+def our_scoring(spec: dict, device: torch.device) -> Job:
+    model = load_llama(spec["folder"], device, torch.float32).eval()
+    batches, draft, eos = embedded_batches(spec["limit"])
+    return scored(lambda prompts: generate(model, prompts, NEW_TOKENS, eos, draft), batches)
+
+
+def their_scoring(spec: dict, device: torch.device) -> Job:
+    model = their_model({**spec, "base_dtype": "float32"}, device).eval()
+    batches, _, eos = embedded_batches(spec["limit"])
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = eos, 0
+
+    def answer(prompts: list[list[int]]) -> list[list[int]]:
+        ids = padded(prompts, "left", 0, device)
+        seen = mask(prompts, "left", device)
+        out = model.generate(ids, attention_mask=seen, do_sample=False, max_new_tokens=NEW_TOKENS)
+        rows = out[:, ids.size(1) :].tolist()
+        return [row[: row.index(eos)] if eos in row else row for row in rows]
+
+    return scored(answer, batches)
+
+
+# --- beside them ----------------------------------------------------------------------------------
 
 
 def loading(spec: dict, device: torch.device) -> Job:
@@ -295,7 +351,8 @@ def loading(spec: dict, device: torch.device) -> Job:
 
 
 def writing(spec: dict, device: torch.device) -> Job:
-    """A folder for both sides: a random base, with a trained-looking adapter merged in where a rank is given."""
+    """A folder for both sides: a random base, with a trained-looking adapter merged in where a rank
+    is given."""
 
     def once(turn: dict) -> dict:
         model = our_model(spec, device)
@@ -312,7 +369,7 @@ def writing(spec: dict, device: torch.device) -> Job:
 
 def product(spec: dict, device: torch.device) -> Job:
     """The rate that steps are compared with: large square products in bf16."""
-    a, b = torch.randn(2, spec["n"], spec["n"], device=device).bfloat16()
+    a, b = torch.randn(2, spec["n"], spec["n"], device=device).to(base_dtype(spec))
     return lambda turn: {"flops": sum(2 * spec["n"] * (a @ b).numel() for _ in range(10))}
 
 
@@ -321,6 +378,8 @@ JOBS = {
     "peft train": their_training,
     "ours answer": our_answers,
     "peft answer": their_answers,
+    "ours score": our_scoring,
+    "peft score": their_scoring,
     "ours load": loading,
     "peft load": loading,
     "write": writing,
