@@ -518,7 +518,8 @@ def report(lines: list[dict]) -> str:
                 floor = r["tok_s"] / floors[near] if near else 0
                 gb = f"{r['peak_gb']}" if r.get("peak_gb") else "–"
                 gb += f" ({r['plan_gb']})" if r.get("plan_gb") else ""
-                cells = [f"{r['tok_s']:,} ({r.get('least', 0):,}–{r.get('most', 0):,})", r["ms"]]
+                spread = f" ({r['least']:,}–{r['most']:,})" if "least" in r else ""
+                cells = [f"{r['tok_s']:,}{spread}", r["ms"]]
                 same = shape == facts.get("shape")
                 shares = [f"{floor:.2f}", f"{share:.2f}"] if same else ["–", "–"]
                 rows.append([r["name"], *cells, *shares, gb])
