@@ -7,10 +7,13 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, write_checkpoint, write_records
+from helpers import run
 
 import eval as judge
 import rora
@@ -35,27 +38,33 @@ def train_flags(home, out, *, dropout="0", steps="8"):
     return [*files, *flags.split()]
 
 
-def start(command: list[str], **env: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, *command],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def as_two(program, *flags: str) -> list[str]:
+    """program.main(flags) in two processes with torchrun's variables; returns what each printed.
 
-
-def as_two(script: str, *flags: str) -> list[str]:
-    """Run the program as two processes, as torchrun starts them; returns what each printed."""
+    Forked from this one, which has imported torch already.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     meet = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    command = [str(ROOT / script), *flags]
-    both = [start(command, RANK=i, LOCAL_RANK=i, **meet) for i in ("0", "1")]
-    said = [process.communicate(timeout=100) for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
-    return [out for out, _ in said]
+    with tempfile.TemporaryDirectory() as folder:
+        said = [Path(folder, index) for index in ("0", "1")]
+        both = []
+        for file in said:
+            pid = os.fork()
+            if pid == 0:
+                try:
+                    os.environ.update(meet, RANK=file.name, LOCAL_RANK=file.name)
+                    result = run(*flags, program=program)
+                    file.write_text(result.out + result.err * (result.code != 0))
+                    os._exit(result.code)
+                finally:  # an exception must not bring a second pytest to life
+                    os._exit(99)
+            both.append(pid)
+        codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in both]
+        out = [file.read_text() for file in said if file.exists()]
+    assert codes == [0, 0], out
+    return out
 
 
 def losses(run):
@@ -65,7 +74,7 @@ def losses(run):
 
 def test_two_processes_make_the_run_of_one_and_the_second_is_silent(home, tmp_path):
     assert rora.main(train_flags(home, tmp_path / "one")) == 0
-    first, second = as_two("rora.py", *train_flags(home, tmp_path / "two"))
+    first, second = as_two(rora, *train_flags(home, tmp_path / "two"))
     assert "trainable" in first
     assert second == ""
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-6, abs=1e-6)
@@ -74,7 +83,7 @@ def test_two_processes_make_the_run_of_one_and_the_second_is_silent(home, tmp_pa
 def test_two_processes_give_the_scores_of_one_and_ask_each_question_once(home, tmp_path):
     command = ["--ckpt", str(home / "toy"), "--data", str(home / "tests"), "--batch-size", "2"]
     assert judge.main([*command, "--out", str(tmp_path / "one")]) == 0
-    as_two("eval.py", *command, "--out", str(tmp_path / "two"))
+    as_two(judge, *command, "--out", str(tmp_path / "two"))
     one, two = (
         json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two")
     )
@@ -88,26 +97,32 @@ def test_two_processes_give_the_scores_of_one_and_ask_each_question_once(home, t
 
 
 def test_a_shared_run_resumes_exactly_and_only_with_as_many_processes(home, tmp_path, capsys):
-    whole, run = tmp_path / "whole", tmp_path / "cut"
-    as_two("rora.py", *train_flags(home, whole, dropout="0.2"))
-    shutil.copytree(whole, run)
-    runs.discard(run / "checkpoints/step-000008")  # as if it had been killed after step 6
-    run_json = json.loads((run / "run.json").read_text())
-    (run / "run.json").write_text(json.dumps(run_json | {"finished": False}))
-    assert rora.main(["--resume", str(run)]) == 2
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    as_two(rora, *train_flags(home, whole, dropout="0.2"))
+    shutil.copytree(whole, cut)
+    runs.discard(cut / "checkpoints/step-000008")  # as if it had been killed after step 6
+    run_json = json.loads((cut / "run.json").read_text())
+    (cut / "run.json").write_text(json.dumps(run_json | {"finished": False}))
+    assert rora.main(["--resume", str(cut)]) == 2
     assert "trained by 2 processes, this is 1" in capsys.readouterr().err
-    as_two("rora.py", "--resume", str(run))
-    assert losses(run) == losses(whole)
+    as_two(rora, "--resume", str(cut))
+    assert losses(cut) == losses(whole)
     for file in ("adapter_model.safetensors", "checkpoints/step-000008/adapter_model.safetensors"):
-        assert (run / file).read_bytes() == (whole / file).read_bytes()
+        assert (cut / file).read_bytes() == (whole / file).read_bytes()
 
 
 def test_under_torchrun_when_one_process_dies_the_others_end_too_and_say_so(home, tmp_path):
-    run = tmp_path / "run"
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    flags = train_flags(home, run, steps="100000")
-    process = start([*torchrun, str(ROOT / "rora.py"), *flags])
-    metrics = run / "metrics.jsonl"
+    folder = tmp_path / "run"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    flags = train_flags(home, folder, steps="100000")
+    process = subprocess.Popen(
+        [*torchrun, "--nproc_per_node=2", str(ROOT / "rora.py"), *flags],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    metrics = folder / "metrics.jsonl"
     while not (metrics.exists() and metrics.stat().st_size):
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.1)
