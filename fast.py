@@ -105,9 +105,10 @@ def norm_terms(layers: list[DoRALinear]) -> tuple[Tensor, Tensor, Tensor]:
     """‖W‖², 2 s Σ (W Aᵀ) ∘ B and s² Σ (B A Aᵀ) ∘ B by row, of layers of one shape: (n, O) each."""
     for layer in layers:
         W, kept = layer.base.weight, vars(layer)
-        of, norm2 = kept.get("frozen_norm2", (None, W))
-        if of is not W or norm2.device != W.device:
-            kept["frozen_norm2"] = W, W.float().square().sum(1)
+        now = W, W._version, W.dtype, W.device  # another weight, written to, cast or moved
+        before, _ = kept.get("frozen_norm2", ((None,), None))
+        if before[0] is not W or before[1:] != now[1:]:
+            kept["frozen_norm2"] = now, W.float().square().sum(1)
     W, s = layers[0].base.weight, layers[0].scaling
     A, B = (stack([getattr(m, name) for m in layers]) for name in ("lora_A", "lora_B"))
     cast = A.to(W.dtype)  # (n, r, I)

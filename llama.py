@@ -477,6 +477,7 @@ class Llama(nn.Module):
         The first `checkpoint_blocks` blocks keep their input alone and are computed again in the
         backward pass.
         """
+        assert only is None or not checkpoint_blocks, "one is for answering, one for training"
         x = self.embed_tokens(ids)
         for i, layer in enumerate(self.layers):
             if i < checkpoint_blocks:

@@ -81,7 +81,7 @@ class LoRALinear(nn.Module):
         return SCALES[self.scale](self.alpha, self.rank)
 
     def forward(self, x: Tensor) -> Tensor:  # (..., I) -> (..., O)
-        """Down to r numbers, up to O, added to W x in one go: no (O, I) matrix is made or kept."""
+        """Down to r numbers, up to O, added to W x in place: hook this layer, not its base."""
         A, B = self.cast()
         y = self.base(x)
         low = F.linear(self.dropout(x), A)  # (..., r)

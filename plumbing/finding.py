@@ -135,13 +135,14 @@ def read_run(folder: Path) -> dict:
         for key, kind in kinds.items():
             if key in run_json and not isinstance(run_json[key], kind):
                 raise ValueError(f"{key} is {run_json[key]!r}")
+        float(run_json.get("effective_scale") or 0)  # a number that is one
         Settings.from_json(run_json["settings"])
         return run_json
     except FileNotFoundError:
         raise run_folder.RunError(f"{folder} is not a run folder: it has no run.json") from None
     except OSError as e:
         raise run_folder.RunError(f"{folder}/run.json: {e.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as e:
         raise run_folder.RunError(
             f"{folder}/run.json is damaged or from another version ({e}); start the run again with "
             "--overwrite"
@@ -162,7 +163,7 @@ def read_scores(folder: Path) -> dict | None:
             if not all(0 <= x <= 100 for x in percents):
                 raise ValueError(percents)
         still = is_still(folder, scored)
-    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError):
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError):
         raise CheckpointError(
             f"{path}: not as eval.py wrote it; python eval.py {folder} makes it again"
         ) from None

@@ -82,7 +82,7 @@ def read_metrics(folder: Path) -> dict[str, tuple[list[int], list[float]]]:
         try:
             row = {key: float(value) for key, value in json.loads(line).items()}
             step = int(row["step"])
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
             continue
         for column in PANELS.keys() & row.keys():
             steps, values = columns.setdefault(column, ([], []))

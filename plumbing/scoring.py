@@ -59,6 +59,7 @@ from plumbing.plots import plot_runs
 from rora import load_adapter, loss_sum, merge
 
 NEW_TOKENS = Task("").new_tokens
+DRAFTED = 8  # tokens that speak at once behind a draft, at most: OPENING's and the next
 DECODE = f"greedy, {NEW_TOKENS} new tokens"  # a task with another number says so in its row
 OPENING = "the correct answer is"  # how the records' outputs begin, and a trained model's answers
 
@@ -95,7 +96,9 @@ def answer_questions(
     progress = Progress(task, len(examples), len(todo))
     with file.open("a", encoding="utf-8") as lines, progress.bar:
         while todo:
-            together = batches.rows(model, len(prompts[todo[0]])) * processes.world()
+            first = len(prompts[todo[0]])
+            rows_here = batches.rows(model, first, TASKS[task].new_tokens)
+            together = rows_here * processes.world()
             batch, todo = processes.share(todo[:together]), todo[together:]
             answers = answer_batch(model, task, [prompts[i] for i in batch], tokenizer.eos, draft)
             rows = []
@@ -131,13 +134,13 @@ class Batches(NamedTuple):
         room = processes.total(room, device) / processes.world()  # all must cut alike
         return cls(bool(args.exact), 1 if args.exact else args.batch_size, room)
 
-    def rows(self, model: Llama, longest: int) -> int:
+    def rows(self, model: Llama, longest: int, new_tokens: int = NEW_TOKENS) -> int:
         """Questions in a batch whose longest has so many tokens: places in the cache are counted,
         not questions, so that one long prompt does not decide for all."""
         if self.most:
             return self.most
         most = 512 if model.lm_head.weight.is_cuda else 64
-        return max(1, min(most, int(self.room // question_bytes(model, longest))))
+        return max(1, min(most, int(self.room // question_bytes(model, longest, new_tokens))))
 
     def words(self) -> str:
         if self.exact:
@@ -156,10 +159,11 @@ def opening_tokens(tokenizer, example: dict, style: str) -> list[int]:
 def answer_batch(
     model: Llama, task: str, prompts: list[list[int]], eos: int, draft: list[int]
 ) -> list[list[int]]:
-    size = len(prompts) * question_bytes(model, max(map(len, prompts), default=0))
+    longest, new_tokens = max(map(len, prompts), default=0), TASKS[task].new_tokens
+    size = len(prompts) * question_bytes(model, longest, new_tokens)
     doing = f"answering {len(prompts)} questions of {task} at once"
     with naming_memory(f"{doing}, estimated at {size / 1e9:.2f} GB beside the model"):
-        return generate(model, prompts, TASKS[task].new_tokens, eos, draft)
+        return generate(model, prompts, new_tokens, eos, draft)
 
 
 class Progress:
@@ -186,12 +190,14 @@ class Progress:
 EVERY = 60  # seconds between two lines
 
 
-def question_bytes(model: Llama, longest: int) -> int:
-    """What one question takes: its cache, and the widest activations of the pass that fills it."""
+def question_bytes(model: Llama, longest: int, new_tokens: int = NEW_TOKENS) -> int:
+    """What one question takes: its cache, the widest activations of the pass that fills it, and the
+    logits behind a draft, in the base's dtype and in fp32."""
     cfg, size = model.cfg, model.lm_head.weight.element_size()
-    cache = 2 * cfg.n_layers * cfg.n_kv_heads * cfg.head_dim * (longest + NEW_TOKENS)
+    cache = 2 * cfg.n_layers * cfg.n_kv_heads * cfg.head_dim * (longest + new_tokens)
     wide = size if model.lm_head.weight.is_cuda else 4  # a CPU computes attention in fp32
-    return size * cache + wide * longest * (3 * cfg.hidden_dim + 6 * cfg.dim)
+    logits = DRAFTED * cfg.vocab_size * (size + 4)
+    return size * cache + wide * longest * (3 * cfg.hidden_dim + 6 * cfg.dim) + logits
 
 
 def read_generations(file: Path) -> dict[int, str]:

@@ -89,6 +89,7 @@ MAY_IMPORT = {
         "plumbing.processes",
         "plumbing.run_folder",
     },
+    "plumbing.tokenizer_json": {"plumbing.tokenizer_files"},
     "plumbing.jobs": {
         "data",
         "fast",
@@ -105,6 +106,7 @@ MAY_IMPORT = {
         "plumbing.faster",
         "plumbing.training",
         "plumbing.tokenizer_files",
+        "plumbing.tokenizer_json",
     },
 }
 RUN_TIME = {"torch", "sentencepiece", "safetensors", "tqdm"}
@@ -121,6 +123,11 @@ def imports(name):
                 if node.module == "plumbing"
                 else [node.module]
             )
+
+
+def test_every_file_has_its_place():
+    files = {f"plumbing.{path.stem}" for path in (ROOT / "plumbing").glob("*.py")}
+    assert files - {"plumbing.__init__"} <= MAY_IMPORT.keys()
 
 
 def test_imports_point_one_way():

@@ -141,3 +141,14 @@ def test_the_last_block_may_work_for_the_tokens_that_are_asked_for_alone():
         ids, rows, asked = torch.tensor(draw(14, 0)), model.rows([9, 5]), torch.tensor([8, 2, 13])
         whole = model.hidden(ids, rows)
         assert torch.allclose(model.hidden(ids, rows, only=asked), whole[asked], atol=1e-6)
+
+
+@torch.no_grad()
+def test_doras_norm_is_of_the_weight_as_it_is_now():
+    """‖W‖² is kept between steps: not beyond a change of W, in place or by a cast."""
+    layer = rora.DoRALinear(torch.nn.Linear(8, 6, bias=False), rank=2, alpha=4)
+    layer.lora_B.normal_()
+    for change in (lambda: None, lambda: layer.base.weight.mul_(2), lambda: layer.base.bfloat16()):
+        change()
+        kept = fast.factored_norms(layer)[layer]
+        assert torch.allclose(kept, layer.norm(), rtol=1e-2)
