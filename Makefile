@@ -17,8 +17,8 @@ demo: .venv/run-time  ## LoRA and RoRA on the embedded model, and a table of bot
 	@printf '   One seed each, in so small a world, tells nothing about larger models.\n\n'
 	.venv/bin/python eval.py --table runs/demo/lora runs/demo/rora
 
-test: .venv/test  ## the lessons, then the guarantees
-	.venv/bin/python -m pytest
+test: .venv/test  ## the lessons and the guarantees, two files at a time
+	.venv/bin/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/test  ## style, then types
 	.venv/bin/ruff check
@@ -52,7 +52,7 @@ bench: .venv-crosscheck/ready  ## side by side with transformers + PEFT, on a CP
 	touch $@
 
 .venv/test: .venv/run-time
-	.venv/bin/pip install pytest==9.2.0 ruff==0.17.6 mypy==2.4.1 matplotlib==3.11.2
+	.venv/bin/pip install pytest==9.2.0 pytest-xdist==3.8.0 ruff==0.17.6 mypy==2.4.1 matplotlib==3.11.2
 	touch $@
 
 .venv-crosscheck/ready: tests/crosscheck/requirements.txt
