@@ -14,7 +14,7 @@ With the plain ones in their place, rora.py and llama.py would be right without 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
@@ -196,10 +196,11 @@ class Rotation(torch.autograd.Function):
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x · cos + roll(x, D/2) · sin in fp32, cos's dtype: x is read as it is, not cast first."""
-    turned = x.roll(x.size(-1) // 2, -1)
-    if x.is_cuda:
-        return (x * cos).addcmul_(turned, sin)  # one pass less; it rounds once, not twice
-    return x * cos + turned * sin
+    if x.is_cuda:  # one pass less; it rounds once, not twice
+        return (x * cos).addcmul_(x.roll(x.size(-1) // 2, -1), sin)
+    first, second = x.chunk(2, -1)
+    turned = torch.cat([second, first], -1)  # roll, in one pass
+    return (x * cos).add_(turned.to(cos.dtype).mul_(sin))
 
 
 # --- CUDA graphs ----------------------------------------------------------------------------------
@@ -290,8 +291,10 @@ class Graphs:
                 torch.cuda.current_stream().wait_stream(before)
                 self.work(rows, *inputs)
             torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        graph, recompiled = torch.cuda.CUDAGraph(), nullcontext()
+        if self.model.layers[0]._compiled_call_impl:  # nothing can be compiled while it is recorded
+            recompiled = torch.compiler.set_stance("eager_on_recompile")
+        with recompiled, torch.cuda.graph(graph, pool=self.pool):
             loss = self.work(rows, *inputs)
         self.recorded[len(inputs[0])] = graph, inputs, loss
 

@@ -85,8 +85,9 @@ class LoRALinear(nn.Module):
         A, B = self.cast()
         y = self.base(x)
         low = F.linear(self.dropout(x), A)  # (..., r)
-        flat, low = y.view(-1, y.size(-1)), low.view(-1, low.size(-1))
-        return flat.addmm_(low, B.t(), alpha=self.scaling).view_as(y)
+        if y.dim() == 2:  # as in the model: no copy of y is made
+            return y.addmm_(low, B.t(), alpha=self.scaling)
+        return torch.add(y, low @ B.t(), alpha=self.scaling)
 
     def cast(self) -> tuple[Tensor, Tensor]:
         """A and B in the base's dtype, for the products; gradients reach the fp32 originals."""
