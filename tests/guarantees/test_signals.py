@@ -8,8 +8,17 @@ from helpers import at_step, flags, interrupt, jobs, make_world, outcome, refuse
 
 from plumbing import scoring
 
-
 SHORT = {"max_steps": 4, "epochs": None}
+
+
+@pytest.fixture(autouse=True)
+def no_nohup():
+    """The tests themselves may run under nohup, or in the background: signals are as usual here."""
+    usual = {signal.SIGHUP: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")
