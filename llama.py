@@ -545,7 +545,8 @@ def generate(
     out = torch.full((B, max_new), eos, device=device)  # (B, max_new)
     out[:, : n + 1] = said
     token = said.gather(1, column[:, None]).squeeze(1)  # (B,) the first of its own
-    positions, row = P + torch.tensor(lengths, device=device) + column, torch.arange(B)
+    positions = P + torch.tensor(lengths, device=device) + column  # (B,) where the next token goes
+    row = torch.arange(B, device=device)
     done = torch.zeros(B, dtype=torch.bool, device=device)
     while True:
         done |= (token == eos) | (column + 1 == max_new)
