@@ -462,40 +462,39 @@ def odd_flags(rng: random.Random) -> list[str]:
     return words
 
 
-def fuzz(folder: Path, count: int, seed: int = 0):
-    """Yields (kind of fault, what went wrong or None), `count` times."""
-    world = make_world(folder / "template", 14)
-    template = folder / "template"
-    shutil.copytree(world.base, template / "shards")
-    (template / "shards" / "model.safetensors").unlink()
+def whole_world(folder: Path, inside: World, small: dict) -> None:
+    """A base in three layouts, records, questions, a run cut short, two adapters and scores."""
+    world = make_world(folder, 14)
+    shutil.copytree(world.base, folder / "shards")
+    (folder / "shards" / "model.safetensors").unlink()
     state = load_file(world.base / "model.safetensors")
     ours = {name.removeprefix("model."): t for name, t in state.items()}
-    checkpoints.write_tensors(template / "shards", ours, shard_bytes=60_000)
-    shutil.copytree(template / "shards", template / "bin")
-    for file in (template / "bin").glob("model*"):
+    checkpoints.write_tensors(folder / "shards", ours, shard_bytes=60_000)
+    shutil.copytree(folder / "shards", folder / "bin")
+    for file in (folder / "bin").glob("model*"):
         file.unlink()
-    torch.save(state, template / "bin" / "pytorch_model.bin")
-    here, cwd = folder / "case", os.getcwd()
+    torch.save(state, folder / "bin" / "pytorch_model.bin")
+    os.chdir(folder)
+    assert interrupt(3, *flags(inside, "half", **SHORT | {"max_steps": 4})).code == 130
+    prefix = small | {"dropout": None, "alpha": None, "method": "prefix"}
+    for out, how in [
+        ("done", small),
+        ("dora", small | {"method": "dora", "scale": "sqrt"}),
+        ("prefix", prefix),
+    ]:
+        assert run(*flags(inside, out, **how)).code == 0
+    assert score("done", "--data", "tests").code == 0
+
+
+def fuzz(folder: Path, count: int, seed: int = 0):
+    """Yields (kind of fault, what went wrong or None), `count` times."""
+    template, here, cwd = folder / "template", folder / "case", os.getcwd()
     inside = World(Path("base"), Path("train.json"), Path("tests"))
     small = {**SHORT, "max_steps": 2, "device": "cpu"}
-    shutil.copytree(template, here)
-    os.chdir(here)
     try:
-        assert interrupt(3, *flags(inside, "half", **SHORT | {"max_steps": 4})).code == 130
-        assert run(*flags(inside, "done", **small)).code == 0
-        assert run(*flags(inside, "dora", **small, method="dora", scale="sqrt")).code == 0
-        assert (
-            run(
-                *flags(
-                    inside, "prefix", **small | {"dropout": None, "alpha": None}, method="prefix"
-                )
-            ).code
-            == 0
-        )
-        assert score("done", "--data", "tests").code == 0
+        whole_world(here, inside, small)  # where the cases will lie: their run.json says so
     finally:
         os.chdir(cwd)
-    shutil.rmtree(template)
     here.rename(template)
 
     train = lambda base="base": (run, flags(inside, "out", **small | {"ckpt": base}))
@@ -569,49 +568,22 @@ def fuzz(folder: Path, count: int, seed: int = 0):
     for i in range(count):
         fault, file, mutate, command = kinds[i % len(kinds)]
         here.mkdir()
-        for name in {
-            "base",
-            "train.json",
-            "tests",
-            "done",
-            file.partition("/")[0] if file else "done",
-        }:
-            (shutil.copytree if (template / name).is_dir() else shutil.copy)(
-                template / name, here / name
-            )
+        used = {"base", "train.json", "tests", "done", Path(file or "done").parts[0]}
+        for name in used:
+            copy = shutil.copytree if (template / name).is_dir() else shutil.copy
+            copy(template / name, here / name)
         os.chdir(here)
         signal.alarm(60)
         try:
             if file:
                 Path(file).write_bytes(mutate(rng, Path(file).read_bytes()))
+            elif fault == "flags":
+                command = run, [*flags(inside, "out", **small), *odd_flags(rng)]
             else:
                 words = odd_flags(rng)
-                command = (
-                    (run, [*flags(inside, "out", **small), *words])
-                    if fault == "flags"
-                    else (
-                        score,
-                        [
-                            *rng.choice([["done"], ["--ckpt", "base"], []]),
-                            "--data",
-                            "tests",
-                            "--limit",
-                            "3",
-                            *words,
-                        ],
-                    )
-                )
-            before = tree(here)
-            result = command[0](*command[1])
-            problem = complaint(result)
-            if result.code in (2, 3) and (
-                changed := {
-                    k for k, v in tree(here).items() ^ before.items() if not k.endswith(".lock")
-                }
-            ):
-                problem = problem or f"refused, but wrote {sorted(changed)}"
-            if Path("executed").exists():
-                problem = "a pickle was executed"
+                what = rng.choice([["done"], ["--ckpt", "base"], []])
+                command = score, [*what, "--data", "tests", "--limit", "3", *words]
+            problem = what_went_wrong(command, here)
         except Exception:
             problem = "escaped: " + traceback.format_exc().strip().replace("\n", " | ")[-700:]
         finally:
@@ -619,6 +591,20 @@ def fuzz(folder: Path, count: int, seed: int = 0):
             os.chdir(cwd)
         yield fault, problem and f"input {i} of seed {seed} ({command[1][-2:]}): {problem}"
         shutil.rmtree(here)
+
+
+def what_went_wrong(command: tuple, here: Path) -> str | None:
+    """Run (program, arguments) on what lies here."""
+    before = tree(here)
+    result = command[0](*command[1])
+    if Path("executed").exists():
+        return "a pickle was executed"
+    changed = {name for name, _ in tree(here).items() ^ before.items() if name[-5:] != ".lock"}
+    if problem := complaint(result):
+        return problem
+    if changed and result.code in (2, 3):
+        return f"refused, but wrote {sorted(changed)}"
+    return None
 
 
 def took_a_minute(*_) -> None:
