@@ -189,8 +189,7 @@ def attach(
     """Freeze the model, then wrap its target layers: all that is trainable afterwards is new.
 
     rank: as the method counts it (Method.rank_is). scale: for a method that has other_scales.
-    Works on meta models. Raises ValueError for what refuse.bad_settings names, a target that no
-    layer is called, and a model that has adapters already.
+    Works on meta models. Raises ValueError, in the words of plumbing/refuse.py.
     """
     refuse.bad_settings(METHODS, SCALES, method, rank, alpha, targets, scale)
     refuse.second_adapter(wrappers(model))
