@@ -14,6 +14,7 @@ import fast
 import rora
 from data import IGNORE, Record, collate
 from plumbing import run_folder as runs
+from plumbing.flags import resolve, training_parser
 from rora import (
     Recipe,
     attach,
@@ -43,6 +44,24 @@ def test_the_learning_rate_rises_from_zero_to_its_peak_and_falls_towards_zero():
     lr = [learning_rate(step, steps=1000, peak=2e-4, warmup=100) for step in range(1000)]
     assert (lr[0], lr[50], lr[100]) == (0, pytest.approx(1e-4), pytest.approx(2e-4))
     assert (lr[550], lr[999]) == (pytest.approx(1e-4), pytest.approx(2e-4 / 900))
+
+
+@pytest.mark.parametrize(
+    "ckpt, rates",
+    [
+        ("llama-7b", {"lora": 3e-4, "rora": 2e-4, "dora": 2e-4}),
+        ("llama-7b", {"series": 3e-4, "parallel": 3e-4, "prefix": 3e-2}),
+        ("llama2-7b", {"lora": 3e-4, "rora": 2e-4, "dora": 2e-4}),
+        ("llama3-8b", {"lora": 3e-4, "rora": 1e-4, "dora": 1e-4}),
+        ("a/folder", {"lora": 3e-4, "rora": 2e-4, "dora": 2e-4}),
+    ],
+)
+def test_the_default_rate_is_that_of_the_method_on_this_checkpoint(ckpt, rates):
+    """DoRA's and LLM-Adapters' commands; the paper does not state RoRA's."""
+    for method, rate in rates.items():
+        flags = ["--ckpt", ckpt, "--method", method, "--device", "cpu"]
+        settings, _ = resolve(training_parser().parse_args(flags))
+        assert settings.lr == rate, method
 
 
 def test_the_loss_is_cross_entropy_over_the_targets_of_each_row_alone(tiny):

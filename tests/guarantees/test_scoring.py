@@ -23,6 +23,18 @@ def whole(world, tmp_path_factory):
     return folder
 
 
+def test_where_nobody_watches_a_bar_scoring_tells_the_time_to_go(
+    world, whole, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(scoring, "EVERY", 0)  # seconds between two lines
+    command = (whole, "--data", world.tests, "--tasks", "boolq", "--batch-size", 4)
+    said = score(*command, "--out", tmp_path).out.splitlines()
+    told = [line for line in said if line.endswith("min to go")]
+    assert [line.split(",")[0] for line in told] == [
+        f"boolq: {n} of 11 answers" for n in (4, 8, 11)
+    ]
+
+
 # --- what is kept ---------------------------------------------------------------------------------
 
 

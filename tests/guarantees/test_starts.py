@@ -7,7 +7,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from helpers import flags, jobs, make_world, refused, run, tree
+from helpers import flags, jobs, make_world, refused, run, score, tree
 
 from plumbing import memory, processes
 
@@ -159,3 +159,5 @@ def test_positions_that_the_model_was_not_made_for_are_told(world, tmp_path):
     (base / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 40}))
     result = run(*flags(world, tmp_path / "run", ckpt=base, **SHORT))
     assert result.code == 0 and "made for 40 positions" in result.out
+    result = score(tmp_path / "run", "--data", world.tests, "--tasks", "piqa", "--limit", 1)
+    assert result.code == 0 and "beyond the 40 positions" in result.out
