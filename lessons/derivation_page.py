@@ -81,208 +81,182 @@ class Results:
 PAGE = """\
 # Why √r: the paper's Eq. 2 to 15, measured
 
-Made by `python lessons/derivation.py`; every number below comes from
-`lessons/results/derivation.json`. The letters are the paper's: w is what the adapter adds to a
-layer's output, γ the scale, x the input of the first step, x' that of the next. α = {alpha}.
+With plain gradient descent one step lowers the loss by an amount that goes like γ² r, so α/√r makes
+it the same at every rank: the paper's result holds. Its road there does not, because the variance
+in Eq. 9 is wrong, and Eq. 15 is true only where inputs are alike, as those of a trained model are.
+With AdamW, which everybody uses, the first step's gain goes like γ r: there α/r is the scale
+without rank, and RoRA at a learning rate lr is LoRA at lr·√r.
+
+The letters are the paper's: w is what the adapter adds to a layer's output, γ the scale, x the
+input of the first step, x' that of the next. α = {alpha}. `python lessons/derivation.py` measures
+all of this again. Every number is from `lessons/results/derivation.json`.
 
 ## Eq. 2 to 4: what the first step makes of w
 
-B begins at 0, so A's first gradient is {grad_A} and only B moves. One step of torch's SGD on a real
-`RoRALinear` of rank {hand_rank} leaves B where Eq. 3 says, off by {eq3} of its norm, and w of the
-next input where Eq. 4 says, off by {eq4}: w = −η δ γ² · xᵀAᵀA x'. These equations are right, and
-all that follows is about xᵀAᵀA x'.
+B begins at 0. So A's first gradient is {grad_A}, and only B moves. One step of torch's SGD on a
+real `RoRALinear` leaves B where Eq. 3 says, off by {eq3} of its norm, and w of the next input where
+Eq. 4 says, off by {eq4}:
+
+    w = −η δ γ² · xᵀAᵀA x'
+
+These equations are right. All that follows is about xᵀAᵀA x'.
 
 ## Eq. 5 to 9: how far w spreads
 
-A, x and x' independent standard normal, p_in = {p}, {draws} draws at each of {n_ranks} ranks. The
-mean is 0, as Eq. 6 and 7 say: at most {mean_off} standard errors from it. The variance is {var} by
-Monte Carlo. The exact r·p_in·(r + p_in + 1) {agrees} it: {exact}, at most {exact_off} standard
-errors off at any rank. Eq. 9's r²·p_in does not: {eq9}, up to {eq9_off} standard errors off. Nor
-does it follow from Eq. 8, which as printed is a sum of p_in · r · p_in ones: {eq8} at those ranks.
+Let A, x and x' be independent and standard normal, with p_in = {p}. The mean of xᵀAᵀA x' is 0, as
+Eq. 6 and 7 say: in {draws} draws it is at most {mean_off} standard errors off. Its variance is
+another matter:
+
+{variances}
+
+Eq. 9 is wrong by up to {eq9_off} standard errors. It does not follow from Eq. 8 either, which as
+printed is a sum of p_in · r · p_in ones.
 
 ## Eq. 10 to 15: which γ keeps ‖w‖
 
-‖w‖ goes like γ² times the root of that variance, not like γ² r. From r = {low} to {mid}, while r
-grows ×{mid_low}, the measured root grows {root_grown}. So ‖w‖ changes {w_linear} under α/r,
-{w_sqrt} under α/√r and {w_quarter} under α/r^¼: with independent inputs and r well below p_in the
-rank-free rule would be the fourth root, and Eq. 15 does not hold.
+‖w‖ goes like γ² times the root of that variance, and not like γ² r. From r = {low} to {mid} it
+changes {w_linear} under α/r, {w_sqrt} under α/√r and {w_quarter} under α/r^¼. So with independent
+inputs, and r well below p_in, the fourth root is the rule without rank. Eq. 15 does not hold.
 
 ## Where the argument lies: inputs are alike
 
-Let x and x' have correlation ½. Then E xᵀAᵀA x' = r·E⟨x, x'⟩ = r·p_in/2: {coherent_exact} at r =
-{mid}, measured {coherent}. This coherent part grows like r, the spread around it more slowly: their
-ratio is {ratio_low} at r = {low} and {ratio_high} at r = {high}. Under α/√r the coherent part of w
-goes like γ² r = α², the same at every rank. This is the argument that carries the method; Eq. 12 to
-15 state its result.
+Let x and x' have correlation ½. Then E xᵀAᵀA x' = r·E⟨x, x'⟩ = r·p_in/2, which is {coherent_exact}
+at r = {mid}; measured, {coherent}. This coherent part grows like r, and the spread around it more
+slowly. Under α/√r it goes like γ² r = α², the same at every rank. This argument carries the method.
+Eq. 12 to 15 state its result.
 
-For a batch whose gradient is G = ∂L/∂W, w = −ηγ² G AᵀA x'. With σ² the variance of A's entries,
+How much of w is coherent? For a batch whose gradient is G = ∂L/∂W, w = −ηγ² G AᵀA x'. With σ² the
+variance of A's entries,
 
     E ‖w‖² = η² γ⁴ σ⁴ ( r² ‖G x'‖²  +  r (‖G‖² ‖x'‖² + ‖G x'‖²) )
                         coherent       incoherent
 
-A real SGD step on one layer follows this to {formula_off} at all {n_ranks} ranks. The coherent part
-is the larger from about r = 1/κ² on, with κ² = ‖G x'‖² / (‖G‖² ‖x'‖²). On that layer κ² is
-{k_fresh} for fresh random inputs (1/p_in is {k_random}): from r = {r_fresh} on. For the inputs of
-the step itself it is {k_seen}: from r = {r_seen} on. On the trained tiny model, with held-out
-records for x', the median layer of each kind has {k_tiny}: from r = {r_tiny_first} to {r_tiny_last}
-on. A trained model's inputs are that much alike. There one SGD step's ‖w‖ under α/√r changes
-{tiny_w_first} from r = {low} to {mid} and {tiny_w_last} from {mid} to {high}; under α/r
-{tiny_w_linear_first} and {tiny_w_linear_last}.
+A real SGD step on one layer follows this to {formula_off} at all {n_ranks} ranks. Let κ² be
+‖G x'‖² / (‖G‖² ‖x'‖²). The coherent part is the larger from about r = 1/κ² on:
+
+{alignment}
+
+A trained model's inputs are that much alike. On the tiny model one SGD step's ‖w‖ under α/√r
+changes {tiny_w_first} from r = {low} to {mid} and {tiny_w_last} from {mid} to {high}. Under α/r it
+changes {tiny_w_linear_first} and {tiny_w_linear_last}.
 
 The loss feels the coherent part alone. One small SGD step lowers it by η γ² ‖G Aᵀ‖², which is r
-terms of equal size on average: from r = {low} to {high} that fall changes {fall_sqrt} under α/√r
-and {fall_linear} under α/r on the layer (expected ×1 and {fall_linear_expected}), {tiny_sqrt} and
-{tiny_linear} on the tiny model.
+terms of equal size on average. The tables below show it, in the column "fall of the loss".
 
 ## A as it really begins
 
-`LoRALinear` draws A from U(±1/√p_in): the measured variance of its entries is {init}/p_in, that is
-1/(3 p_in). The variance of xᵀAᵀA x' becomes r (r + p_in − 0.2) / (9 p_in): {real_exact}; measured
-{real}. Its root grows {real_grown} from r = {low} to {mid}, against {exact_grown} for standard
-normal A. The initialisation divides w by a number without r in it, {real_divides} here, and changes
+`LoRALinear` draws A from U(±1/√p_in). The variance of its entries is 1/(3 p_in); measured,
+{init}/p_in. The variance of xᵀAᵀA x' is then r (r + p_in − 0.2) / (9 p_in):
+
+{as_drawn}
+
+The root of it grows {real_grown} from r = {low} to {mid}, and {exact_grown} for standard normal A.
+So the initialisation divides w by a number without r in it, {real_divides} here, and changes
 nothing about the rank.
 
-## One real step of SGD, one of AdamW, and {steps} steps
+## One step of SGD and one of AdamW
 
-Growth from r = {low} to r = {high}; in brackets what the rule predicts. ‖w‖ is an rms over inputs.
-The layer is {width} × {width}, with 64 inputs, mean over {seeds}. The tiny model (checkpoint
-{checkpoint}) steps on {records} records; its fresh inputs are {held_out} held-out records.
+The tables show growth from r = {low} to r = {high}; in brackets stands what the rule predicts. ‖w‖
+is an rms over inputs.
 
-{table}
+One layer, {width} × {width}, 64 inputs, mean over {seeds}:
 
-The {steps} steps have batches of {batch}, one seed, warm-up, linear decay and no clipping. Their lr
-is {lr_adamw} for AdamW, the tiny default, and {lr_sgd} for SGD, with which the first step at r =
-{low} under α/√r would lower the loss by about 0.03. Before them the held-out loss is {before}.
+{layer_table}
 
-AdamW's first step moves every entry of B by lr, however small its gradient. That gradient goes with
-γ√r, {grad_linear} under α/r and {grad_sqrt} under α/√r; but the loss falls with γ r, {adamw_linear}
-and {adamw_sqrt} on the layer, {tiny_adamw_linear} and {tiny_adamw_sqrt} on the tiny model. In
-AdamW's first step α/r is the rank-free rule, and RoRA at rank r is LoRA at lr·√r.
+The tiny model (checkpoint {checkpoint}), {records} records, {held_out} held-out records as fresh
+inputs:
+
+{tiny_table}
+
+AdamW's first step moves every entry of B by lr, however small its gradient is. So the loss falls
+with γ r, while the gradient goes with γ√r. In AdamW's first step α/r is the rule without rank.
 
 ## Later steps: under AdamW, RoRA is LoRA with a faster B
 
 In LoRA, multiply the learning rate of B, and of B alone, by √r. Then its B stays √r times RoRA's, w
 is the same, A's gradient is the same, and B's gradient differs by a factor that AdamW divides out.
 So each step is the same, up to AdamW's ε, clipping and rounding: RoRA is LoRA+ (arXiv 2402.12354)
-with λ = √r. Over the {steps} steps on the tiny model the training losses of the two differ by at
-most {gap}; the held-out loss at the end is {faster} against RoRA's {rora}. LoRA with one learning
-rate ends at {lora}.
+with λ = √r.
+
+Held-out loss of the tiny model after {steps} steps, {before} before them:
+
+{many_table}
+
+The training losses of RoRA and of LoRA with a faster B differ by at most {gap}. The {steps} steps
+have batches of {batch}, one seed, warm-up, linear decay and no clipping. Their lr is {lr_adamw} for
+AdamW, RoRA's on the tiny model, and {lr_sgd} for SGD, with which the first step at r = {low} under
+α/√r would lower the loss by about 0.03.
 
 ![The same in six panels](figures/derivation.png)
 """
 
 
-def facts(r: Results) -> dict[str, str]:
+def facts(r: Results) -> dict[str, object]:
     """What stands in the page's brackets, in the order of the page."""
     a, every = r.all, r.all["spreads"]
     size, p, low, high, hand = a["size"], a["size"]["p"], r.low, r.high, a["by_hand"]
     mid = min((rank for rank in r.ranks if rank > low), key=lambda rank: abs(rank - 32))
-    some = [r.spread(rank) for rank in sorted({*r.ranks} & {16, 64, 256}) or r.ranks]
-    first, middle, last = r.spread(low), r.spread(mid), r.spread(high)
-    at_some = lambda value: listed(f"{value(s)} at r = {s['rank']}" for s in some)
+    first, middle = r.spread(low), r.spread(mid)
     off = lambda key, formula, error: max(
         abs(s[key] - (s[formula] if formula else 0)) / s[error] for s in every
     )
     grown = lambda key: math.sqrt(middle[key] / first[key])
     norm = lambda rule: times(grown("var") * (low / mid) ** (2 * POWER[rule]))
-    ratio = lambda s: show(s["coherent"]["mean"] / math.sqrt(s["coherent"]["var"]))
-    sgd = [c for c in a["layer"] if c["optimizer"] == "SGD" and c["rule"] == "α/√r"]
-    kinds = {kind: k["kappa2"] for kind, k in a["alignment"].items()}
     growth = lambda *what, **ranks: times(r.growth(*what, **ranks))
-    ends = lambda optimizer, rule: listed(
-        f"{show(r.cell('many', optimizer, rule, c['rank'])['after'])} at r = {c['rank']}"
-        for c in a["faster_B"]
-    )
-    formula_off = [abs(c[k] / c[f"{k}_formula"] - 1) for c in sgd for k in ("seen", "fresh")]
+    formula_off = [abs(c[k] / c[f"{k}_formula"] - 1) for c in sgd(r) for k in ("seen", "fresh")]
     return {
         "alpha": show(a["alpha"]),
         "grad_A": show(hand["grad_A"]),
-        "hand_rank": hand["rank"],
         "eq3": show(hand["eq3"]),
         "eq4": show(hand["eq4"]),
         "p": p,
         "draws": f"{size['draws']:,}",
-        "n_ranks": len(r.ranks),
         "mean_off": show(off("mean", None, "mean_se")),
-        "var": at_some(lambda s: f"{show(s['var'])} ± {show(s['var_se'])}"),
-        "agrees": "agrees with" if off("var", "exact", "var_se") < 4 else "differs from",
-        "exact": listed(show(s["exact"]) for s in some),
-        "exact_off": show(off("var", "exact", "var_se")),
-        "eq9": listed(show(s["eq9"]) for s in some),
+        "variances": variances(r),
         "eq9_off": show(off("var", "eq9", "var_se")),
-        "eq8": listed(show(s["eq8"]) for s in some),
         "low": low,
         "mid": mid,
         "high": high,
-        "mid_low": show(mid / low),
-        "root_grown": times(grown("var")),
         "w_linear": norm("α/r"),
         "w_sqrt": norm("α/√r"),
         "w_quarter": norm("α/r^¼"),
         "coherent_exact": show(mid * p / 2),
         "coherent": f"{show(middle['coherent']['mean'])} ± {show(middle['coherent']['mean_se'])}",
-        "ratio_low": ratio(first),
-        "ratio_high": ratio(last),
         "formula_off": f"{100 * max(formula_off):.0f}%",
-        "k_fresh": show(sgd[0]["kappa2_fresh"]),
-        "k_random": show(1 / size["width"]),
-        "r_fresh": f"{1 / sgd[0]['kappa2_fresh']:.0f}",
-        "k_seen": show(sgd[0]["kappa2_seen"]),
-        "r_seen": f"{1 / sgd[0]['kappa2_seen']:.0f}",
-        "k_tiny": listed(f"{show(k)} ({kind})" for kind, k in kinds.items()),
-        "r_tiny_first": f"{1 / max(kinds.values()):.0f}",
-        "r_tiny_last": f"{1 / min(kinds.values()):.0f}",
+        "n_ranks": len(r.ranks),
+        "alignment": alignment(r),
         "tiny_w_first": growth("tiny", "SGD", "α/√r", "fresh", to=mid),
         "tiny_w_last": growth("tiny", "SGD", "α/√r", "fresh", start=mid),
         "tiny_w_linear_first": growth("tiny", "SGD", "α/r", "fresh", to=mid),
         "tiny_w_linear_last": growth("tiny", "SGD", "α/r", "fresh", start=mid),
-        "fall_sqrt": growth("layer", "SGD", "α/√r", "fall"),
-        "fall_linear": growth("layer", "SGD", "α/r", "fall"),
-        "fall_linear_expected": times(low / high),
-        "tiny_sqrt": growth("tiny", "SGD", "α/√r", "fall"),
-        "tiny_linear": growth("tiny", "SGD", "α/r", "fall"),
         "init": show(a["init"]),
-        "real_exact": at_some(lambda s: show(s["real_exact"])),
-        "real": listed(f"{show(s['real']['var'])} ± {show(s['real']['var_se'])}" for s in some),
+        "as_drawn": as_drawn(r),
         "real_grown": times(grown("real_exact")),
         "exact_grown": times(grown("exact")),
         "real_divides": show(math.sqrt(middle["exact"] / middle["real_exact"])),
-        "steps": size["steps"],
         "width": size["width"],
         "seeds": f"{size['seeds']} seed{'s' * (size['seeds'] > 1)}",
+        "layer_table": one_step(r, "layer", {"seen": "‖w‖, same inputs"}),
         "checkpoint": a["checkpoint"][:8],
         "records": size["records"],
         "held_out": size["batch"] * 4,
-        "table": table(r),
+        "tiny_table": one_step(r, "tiny", {}),
+        "steps": size["steps"],
+        "before": show(a["before"]),
+        "many_table": many_steps(r),
+        "gap": listed(f"{show(gap(r, c))} at r = {c['rank']}" for c in a["faster_B"]),
         "batch": size["batch"],
         "lr_adamw": show(a["many_lr"]["AdamW"]),
         "lr_sgd": show(a["many_lr"]["SGD"]),
-        "before": show(a["before"]),
-        "grad_linear": growth("layer", "AdamW", "α/r", "gradient"),
-        "grad_sqrt": growth("layer", "AdamW", "α/√r", "gradient"),
-        "adamw_linear": growth("layer", "AdamW", "α/r", "fall"),
-        "adamw_sqrt": growth("layer", "AdamW", "α/√r", "fall"),
-        "tiny_adamw_linear": growth("tiny", "AdamW", "α/r", "fall"),
-        "tiny_adamw_sqrt": growth("tiny", "AdamW", "α/√r", "fall"),
-        "gap": listed(f"{show(gap(r, c))} at r = {c['rank']}" for c in a["faster_B"]),
-        "faster": listed(f"{show(c['after'])} at r = {c['rank']}" for c in a["faster_B"]),
-        "rora": ends("AdamW", "α/√r"),
-        "lora": ends("AdamW", "α/r"),
     }
 
 
 def page(r: Results) -> str:
-    """PAGE filled in, its paragraphs wrapped anew; the formula and the table keep their lines."""
+    """PAGE filled in, its paragraphs wrapped anew; formulas and tables keep their lines."""
     blocks = PAGE.format(**facts(r)).split("\n\n")
-    return (
-        "\n\n".join(
-            b
-            if b.startswith(("    ", "|", "#"))
-            else textwrap.fill(b, 100, break_long_words=False, break_on_hyphens=False)
-            for b in blocks
-        ).rstrip("\n")
-        + "\n"
-    )
+    fill = lambda text: textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)
+    kept = ("    ", "|", "#")
+    return "\n\n".join(b if b.startswith(kept) else fill(b) for b in blocks).rstrip("\n") + "\n"
 
 
 def gap(r: Results, faster: dict) -> float:
@@ -291,52 +265,81 @@ def gap(r: Results, faster: dict) -> float:
     return max(abs(x - y) for x, y in zip(faster["losses"], rora["losses"]))
 
 
-def table(r: Results) -> str:
+# --- its tables -----------------------------------------------------------------------------------
+
+
+def markdown(head: list, rows: list[list], words: int = 1) -> str:
+    """words: how many columns at the left hold words, not numbers."""
+    under = "|" + "---|" * words + "--:|" * (len(head) - words)
+    text = lambda cells: "| " + " | ".join(map(str, cells)) + " |"
+    return "\n".join([text(head), under, *map(text, rows)])
+
+
+def few(r: Results) -> list[dict]:
+    return [r.spread(rank) for rank in sorted({*r.ranks} & {16, 64, 256}) or r.ranks]
+
+
+def sgd(r: Results) -> list[dict]:
+    return [c for c in r.all["layer"] if (c["optimizer"], c["rule"]) == ("SGD", "α/√r")]
+
+
+def variances(r: Results) -> str:
+    head = ["r", "measured", "exact: r·p_in·(r + p_in + 1)", "Eq. 8: r·p_in²", "Eq. 9: r²·p_in"]
+    rows = []
+    for s in few(r):
+        measured = f"{show(s['var'])} ± {show(s['var_se'])}"
+        rows.append([s["rank"], measured, *(show(s[key]) for key in ("exact", "eq8", "eq9"))])
+    return markdown(head, rows, words=0)
+
+
+def as_drawn(r: Results) -> str:
+    rows = []
+    for s in few(r):
+        measured = f"{show(s['real']['var'])} ± {show(s['real']['var_se'])}"
+        rows.append([s["rank"], measured, show(s["real_exact"])])
+    return markdown(["r", "measured", "formula"], rows, words=0)
+
+
+def alignment(r: Results) -> str:
+    cell = sgd(r)[0]
+    found = {
+        "one layer, fresh random inputs": cell["kappa2_fresh"],
+        "one layer, the inputs of the step itself": cell["kappa2_seen"],
+    }
+    for kind, k in r.all["alignment"].items():
+        found[f"tiny model, held-out records, median {kind}"] = k["kappa2"]
+    rows = [[where, show(k), f"{1 / k:.0f}"] for where, k in found.items()]
+    return markdown(["x'", "κ²", "coherent from r ="], rows)
+
+
+def one_step(r: Results, where: str, more: dict[str, str]) -> str:
+    """Growth from the lowest rank to the highest; more: {key: title} of other columns."""
     ratio = r.high / r.low
-    head = [
-        "optimizer",
-        "γ",
-        "layer: ‖∂L/∂B‖",
-        "‖w‖, same inputs",
-        "‖w‖, fresh inputs",
-        "fall of the loss",
-        "tiny: ‖∂L/∂B‖",
-        "‖w‖, fresh inputs",
-        "fall of the loss",
-        f"held-out loss after {r.all['size']['steps']} steps, r = {' / '.join(map(str, r.few))}",
-    ]
-    lines = [f"| {' | '.join(head)} |", "|---|---|" + "--:|" * (len(head) - 2)]
+    titles = {"gradient": "‖∂L/∂B‖", **more, "fresh": "‖w‖, fresh inputs"}
+    rows = []
     for optimizer in ("SGD", "AdamW"):
         for rule, power in POWER.items():
-            gradient, fall = (
-                ratio ** (0.5 - power),
-                ratio ** (1 - 2 * power if optimizer == "SGD" else 1 - power),
-            )
-            grown = lambda where, key, expected=None: (
-                times(r.growth(where, optimizer, rule, key))
-                + (f" ({times(expected)})" if expected is not None else "")
-            )
-            lines.append(
-                "| "
-                + " | ".join(
-                    [
-                        optimizer,
-                        rule,
-                        grown("layer", "gradient", gradient),
-                        grown("layer", "seen"),
-                        grown("layer", "fresh"),
-                        grown("layer", "fall", fall),
-                        grown("tiny", "gradient", gradient),
-                        grown("tiny", "fresh"),
-                        grown("tiny", "fall", fall),
-                        " / ".join(
-                            show(r.cell("many", optimizer, rule, rank)["after"]) for rank in r.few
-                        ),
-                    ]
-                )
-                + " |"
-            )
-    return "\n".join(lines)
+            expected = {
+                "gradient": ratio ** (0.5 - power),
+                "fall": ratio ** (1 - 2 * power if optimizer == "SGD" else 1 - power),
+            }
+            cells = []
+            for key in (*titles, "fall"):
+                grown = times(r.growth(where, optimizer, rule, key))
+                cells.append(grown + (f" ({times(expected[key])})" if key in expected else ""))
+            rows.append([optimizer, rule, *cells])
+    return markdown(["optimizer", "γ", *titles.values(), "fall of the loss"], rows, words=2)
+
+
+def many_steps(r: Results) -> str:
+    rows = []
+    for optimizer in ("SGD", "AdamW"):
+        for rule in POWER:
+            ends = [show(r.cell("many", optimizer, rule, rank)["after"]) for rank in r.few]
+            rows.append([optimizer, rule, *ends])
+    faster = {c["rank"]: show(c["after"]) for c in r.all["faster_B"]}
+    rows.append(["AdamW", "α/r, B at lr·√r", *(faster.get(rank, "–") for rank in r.few)])
+    return markdown(["optimizer", "γ", *(f"r = {rank}" for rank in r.few)], rows, words=2)
 
 
 # --- the picture --------------------------------------------------------------------------------
