@@ -1,10 +1,10 @@
 """Is RoRA at lr the same as LoRA at lr·√r on a real pretrained model? Held-out loss of both, and of
 DoRA.
 
-    python lessons/real_model.py --ckpt smollm2-135m     200 steps a run on a CPU, one epoch a run
-    on a GPU python lessons/real_model.py --ckpt FOLDER --steps 60 --minutes 30       as many runs
-    as fit python lessons/real_model.py --ckpt FOLDER --dry-run                     the runs in
-    their order
+    python lessons/real_model.py --ckpt smollm2-135m                all runs: 200 steps each on a
+                                                                    CPU, one epoch each on a GPU
+    python lessons/real_model.py --ckpt smollm2-135m --minutes 30   as many as fit
+    python lessons/real_model.py --ckpt smollm2-135m --dry-run      a list of them, in their order
 
 Under AdamW the first update of lora_B is ±lr whatever the scale, so RoRA (α/√r) at rank r begins
 like LoRA (α/r) at lr·√r. At each rank RoRA therefore runs at 2e-4, LoRA and DoRA at 2e-4 and at

@@ -24,7 +24,7 @@ from plumbing import processes
 from plumbing.checkpoints import CHECKPOINTS, HERE, PAPER, Checkpoint
 from plumbing.hf_files import CheckpointError
 from plumbing.peft_files import MOST_ALPHA
-from plumbing.run_folder import RunError
+from plumbing.run_folder import RunError, came_before
 from rora import METHODS, SCALES, Method, NonFiniteError
 
 # --- defaults -------------------------------------------------------------------------------------
@@ -537,9 +537,11 @@ class Ended(BaseException):
 @contextmanager
 def ended_in_order() -> Iterator[None]:
     """SIGTERM and SIGHUP become Ended. While it trains and scores, run_folder.stop_signals listens
-    in its place."""
+    in its place. It is told what has come: Python swallows what is raised inside a finalizer."""
+    came_before.clear()
 
     def end(number, frame):
+        came_before.append(128 + number)
         raise Ended(number)
 
     before = {}

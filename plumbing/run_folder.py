@@ -254,6 +254,9 @@ class Stopped(Exception):
         self.code = code
 
 
+came_before: list[int] = []  # exit codes of signals that came before stop_signals listened
+
+
 @contextmanager
 def stop_signals(alone: bool = True) -> Iterator[list[int]]:
     """Yield a list that is empty until a signal asks to stop, then holds the exit code, 128 + its
@@ -261,8 +264,9 @@ def stop_signals(alone: bool = True) -> Iterator[list[int]]:
     brings SIGHUP and SIGTERM, Slurm's warning is SIGUSR1, and SIGTERM follows.
 
     alone: False under torchrun, which hands on to its processes what they have already got.
+    A signal of came_before was to end the program, but was swallowed: it stops at the first step.
     """
-    received: list[int] = []
+    received = list(came_before)
 
     def note(number, frame):
         if alone and 128 + number in received:

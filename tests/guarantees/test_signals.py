@@ -7,6 +7,7 @@ import pytest
 from helpers import at_step, flags, interrupt, jobs, make_world, outcome, refused, run, score
 
 from plumbing import scoring
+from plumbing.faster import hastened
 
 SHORT = {"max_steps": 4, "epochs": None}
 
@@ -38,6 +39,22 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_later(world, whole, tmp_p
     number = getattr(signal, name)
     result = interrupt(2, *flags(world, tmp_path / "run", **SHORT), with_signal=number)
     assert result.code == 128 + number and "--resume" in result.out
+    assert run("--resume", tmp_path / "run").code == 0
+    assert outcome(tmp_path / "run") == outcome(whole)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_is_not_lost_in_a_finalizer_which_may_not_raise(
+    world, whole, tmp_path, monkeypatch
+):
+    class Finalized:
+        def __del__(self):
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(jobs, "hastened", lambda *a: bool(Finalized()) and hastened(*a))
+    result = run(*flags(world, tmp_path / "run", **SHORT))
+    monkeypatch.undo()
+    assert result.code == 143 and "--resume" in result.out
     assert run("--resume", tmp_path / "run").code == 0
     assert outcome(tmp_path / "run") == outcome(whole)
 
