@@ -34,7 +34,9 @@ LR = 2e-3  # of the tiny row, at which "one lr" compares
 RANK = 32
 DASH = "–"
 OTHERS = ("lora", "dora")
-HEAD = ["claim", "measured", "difference [95% interval]", "seeds", "verdict", "seeds needed"]
+SPLITS = ("test", "strict")
+HEAD = ["claim", "measured", "test questions", "strict questions", "seeds", "verdict"]
+VERDICTS = {"not shown": "not shown", "not run yet": "not run yet"}
 
 
 def one_lr(method: str, rank: int) -> float:
@@ -47,104 +49,126 @@ def runs_at(rows: Runs, method: str, rank: int, lr: float | None, split: str = "
     return [r for r in found if r["diverged"] or r.get(split)]
 
 
-def by_seed(runs: Runs, value: Value = accuracy) -> dict[int, float]:
+def by_seed(runs: Runs, value: Value) -> dict[int, float]:
     return {r["settings"]["seed"]: value(r) for r in runs}
 
 
-def over_ranks(rows: Runs, method: str, lr_of: RowLr, ranks: Iterable[int]) -> dict[int, float]:
+def over_ranks(
+    rows: Runs, method: str, lr_of: RowLr, ranks: Iterable[int], split: str
+) -> dict[int, float]:
     """{seed: mean over the ranks}, of the seeds that every rank has."""
-    cells = [by_seed(runs_at(rows, method, rank, lr_of(method, rank))) for rank in ranks]
+    value = lambda run: accuracy(run, split)
+    cells = [
+        by_seed(runs_at(rows, method, rank, lr_of(method, rank), split), value) for rank in ranks
+    ]
     seeds = set.intersection(*map(set, cells)) if cells else set()
     return {seed: mean(cell[seed] for cell in cells) for seed in seeds}
 
 
-def without(task: str) -> Value:
+def without(task: str, split: str) -> Value:
     """The mean of the other seven tasks."""
 
     def value(run: dict) -> float:
-        if not run.get("test"):
+        if not run.get(split):
             return 0.0
-        return mean(y for name, y in run["test"]["tasks"].items() if name != task)
+        return mean(y for name, y in run[split]["tasks"].items() if name != task)
 
     return value
 
 
-def only(task: str) -> Value:
-    return lambda run: run["test"]["tasks"][task] if run.get("test") else 0.0
+def only(task: str, split: str) -> Value:
+    return lambda run: run[split]["tasks"][task] if run.get(split) else 0.0
 
 
 def early_loss(run: dict) -> float:
     """Mean training loss of the second tenth of the steps, where the curves part."""
     n = len(run["loss"])
-    return mean(run["loss"][n // 10 : n // 5])
+    return mean(run["loss"][n // 10 : n // 5 + 1])
 
 
 # --- the page -----------------------------------------------------------------------------------
 
 
-def claim(said: str, measured: str, found: Difference, wanted: str = "more") -> str:
-    """A row. `wanted`: which verdict would bear the claim out."""
-    said_of = {wanted: "**shown**", "not shown": "not shown", "not run yet": "not run yet"}
-    verdict = said_of.get(found.verdict, "**the opposite**")
-    needed = found.needed if found.verdict == "not shown" else DASH
-    return line(said, measured, found, len(found.values) or DASH, verdict, needed)
+def word(found: Difference, wanted: str) -> str:
+    """wanted: which way would bear the claim out."""
+    return (VERDICTS | {wanted: "**shown**"}).get(found.verdict, "**the opposite**")
+
+
+def verdict(found: list[Difference], wanted: str = "more") -> str:
+    """One word where all agree, test and strict questions; and what it would take."""
+    asked = {split: each for split, each in zip(SPLITS, found) if each.values}
+    words = {split: word(each, wanted) for split, each in asked.items()}
+    if not asked:
+        return "not run yet"
+    said = "; ".join(f"{split}: {word}" for split, word in words.items())
+    if len(set(words.values())) == 1:
+        said = next(iter(words.values()))
+    needed = [each.needed for each in asked.values() if each.verdict == "not shown"]
+    return f"{said} ({' / '.join(needed)} seeds would)" if set(needed) - {DASH} else said
+
+
+def claim(said: str, measured: str, values, wanted: str = "more") -> str:
+    """A row. values: (split) -> RoRA's and the other's {seed: accuracy}."""
+    found = [difference(*values(split)) for split in SPLITS]
+    seeds = " / ".join(dict.fromkeys(str(len(each.values)) for each in found if each.values))
+    return line(said, measured, *found, seeds or DASH, verdict(found, wanted))
 
 
 def lead_claims(rows: Runs) -> Iterator[str]:
     """RoRA against both others, at one lr and each at its best."""
+    best = lambda method, rank: best_lr(rows, method, rank)
+
+    def of(other: str, lr_of: RowLr, ranks: tuple[int, ...]):
+        pair = ("rora", other)
+        return lambda split: [over_ranks(rows, m, lr_of, ranks, split) for m in pair]
+
     for other in OTHERS:
+        beats = f"RoRA beats {NAMES[other]}"
         for rank in RANKS:
-            pair = [by_seed(runs_at(rows, m, rank, LR)) for m in ("rora", other)]
-            yield claim(f"RoRA beats {NAMES[other]}", f"r = {rank}, one lr", difference(*pair))
-        pair = [over_ranks(rows, m, one_lr, RANKS) for m in ("rora", other)]
-        yield claim(f"RoRA beats {NAMES[other]}", "mean of the ranks, one lr", difference(*pair))
-        own = {m: best_lr(rows, m, RANK) for m in ("rora", other)}
-        pair = [by_seed(runs_at(rows, m, RANK, own[m])) for m in ("rora", other)]
-        lrs = " and ".join(f"{lr:g}" if lr else DASH for lr in own.values())
-        yield claim(
-            f"… because of its scale, over {NAMES[other]}",
-            f"r = {RANK}, each at its best lr by val: {lrs}",
-            difference(*pair),
-        )
-        pair = [
-            over_ranks(rows, m, lambda m, r: best_lr(rows, m, r), RANKS) for m in ("rora", other)
-        ]
-        yield claim(
-            f"… because of its scale, over {NAMES[other]}",
-            "mean of the ranks, each at its best lr at each rank",
-            difference(*pair),
-        )
+            yield claim(beats, f"r = {rank}, one lr", of(other, one_lr, (rank,)))
+        yield claim(beats, "mean of the ranks, one lr", of(other, one_lr, RANKS))
+        scale = f"… because of its scale, over {NAMES[other]}"
+        lrs = [best(m, RANK) for m in ("rora", other)]
+        said = " and ".join(f"{lr:g}" if lr else DASH for lr in lrs)
+        each = f"r = {RANK}, each at its best lr by val: {said}"
+        yield claim(scale, each, of(other, best, (RANK,)))
+        each = "mean of the ranks, each at its best lr at each rank"
+        yield claim(scale, each, of(other, best, RANKS))
 
 
 def rank_claims(rows: Runs) -> Iterator[str]:
     """Fig. 1's other half: who falls from the least rank to the largest?"""
     for method in METHODS:
-        ends = [by_seed(runs_at(rows, method, rank, LR)) for rank in (RANKS[-1], RANKS[0])]
+        ends = lambda split: [
+            over_ranks(rows, method, one_lr, (rank,), split) for rank in (RANKS[-1], RANKS[0])
+        ]
         falls = method != "rora"
         yield claim(
             f"{NAMES[method]} {'falls' if falls else 'gains'} with the rank",
             f"r = {RANKS[-1]} less r = {RANKS[0]}, one lr",
-            difference(*ends),
+            ends,
             "less" if falls else "more",
         )
 
 
-def loss_claims(rows: Runs) -> Iterator[str]:
+def loss_table(rows: Runs) -> str:
     """Fig. 3."""
+    head = ["claim", "training loss, second tenth of the steps", "seeds", "verdict"]
+    lines = [line(*head), "|---|--:|--:|---|"]
     for other in OTHERS:
-        pair = [by_seed(runs_at(rows, m, RANKS[-1], LR), early_loss) for m in ("rora", other)]
-        yield claim(
-            f"RoRA's loss falls faster than {NAMES[other]}'s",
-            f"training loss, second tenth of the steps, r = {RANKS[-1]}, one lr",
-            difference(*pair),
-            "less",
-        )
+        for rank in (RANK, RANKS[-1]):
+            pair = [by_seed(runs_at(rows, m, rank, LR), early_loss) for m in ("rora", other)]
+            found = difference(*pair)
+            said = f"RoRA's loss falls faster than {NAMES[other]}'s, r = {rank}, one lr"
+            shown = found.with_digits(3)
+            lines.append(line(said, shown, len(found.values) or DASH, verdict([found], "less")))
+    return "\n".join(lines)
 
 
-def task_table(rows: Runs, title: str, lr_of: RowLr) -> str:
+def task_table(rows: Runs, title: str, lr_of: RowLr, split: str) -> str:
     """Where the lead at one rank comes from, and what is left of it without any one task."""
     tasks = list(next(r["test"]["tasks"] for r in rows if r.get("test")))
-    cells = {m: runs_at(rows, m, RANK, lr_of(m, RANK)) for m in METHODS}
+    cells = {m: runs_at(rows, m, RANK, lr_of(m, RANK), split) for m in METHODS}
     lines = [
         f"### {title}\n",
         line("task", *(f"RoRA − {NAMES[m]}, {w}" for m in OTHERS for w in ("alone", "without it"))),
@@ -153,7 +177,7 @@ def task_table(rows: Runs, title: str, lr_of: RowLr) -> str:
     for task in tasks:
         pairs = []
         for other in OTHERS:
-            for value in (only(task), without(task)):
+            for value in (only(task, split), without(task, split)):
                 found = difference(by_seed(cells["rora"], value), by_seed(cells[other], value))
                 clear = found.verdict in ("more", "less")
                 pairs.append(f"**{found}**" if clear else str(found))
@@ -164,7 +188,7 @@ def task_table(rows: Runs, title: str, lr_of: RowLr) -> str:
 def row_table(rows: Runs) -> str:
     """The demo's own row: how steady it is from seed to seed."""
     runs = chosen(rows, method="rora", rank=RANK, lr=LR)
-    tests, stricts = ([r for r in runs if r.get(split)] for split in ("test", "strict"))
+    tests, stricts = ([r for r in runs if r.get(split)] for split in SPLITS)
     lines = [line("", "mean", "sd", "least seed", "seeds"), "|---|--:|--:|--:|--:|"]
 
     def add(name: str, values: list[float]) -> None:
@@ -183,10 +207,11 @@ def row_table(rows: Runs) -> str:
 
 def pruned_claims(rows: Runs, name: str) -> Iterator[str]:
     """Table II, on a model with a fifth of tiny's parameters."""
+    ranks = axis(rows, "rank")
     for other in OTHERS:
-        pair = [over_ranks(rows, m, one_lr, axis(rows, "rank")) for m in ("rora", other)]
-        found = difference(*pair)
-        yield claim(f"RoRA beats {NAMES[other]}, {name}", "mean of the ranks, one lr", found)
+        pair = ("rora", other)
+        of = lambda split: [over_ranks(rows, m, one_lr, ranks, split) for m in pair]
+        yield claim(f"RoRA beats {NAMES[other]}, {name}", "mean of the ranks, one lr", of)
 
 
 def read_or_nothing(path: Path) -> Runs:
@@ -200,28 +225,32 @@ def page(folder: Path) -> str:
         raise SystemExit("every run diverged")
     best = lambda method, rank: best_lr(rows, method, rank)
     machines = sorted({f"{r['device']} ({r.get('machine', 'not noted')})" for r in rows})
-    table = [line(*HEAD), "|---|---|--:|--:|---|--:|"]
-    table += [*lead_claims(scored), *rank_claims(scored), *loss_claims(scored)]
-    table += pruned_claims(
-        read_or_nothing(folder / "sweep-tiny-healed.jsonl"), "pruned and trained on"
-    )
+    table = [line(*HEAD), "|---|---|--:|--:|--:|---|"]
+    table += [*lead_claims(scored), *rank_claims(scored)]
+    healed = read_or_nothing(folder / "sweep-tiny-healed.jsonl")
+    table += pruned_claims(healed, "pruned and trained on")
     table += pruned_claims(read_or_nothing(folder / "sweep-tiny-pruned.jsonl"), "pruned")
     return "\n".join(
         [
             "# What was found, and how surely\n",
             "All of this is about a small closed world (tiny/README.md), not about the paper's "
-            "models. Differences are in points of accuracy, of runs with the same seed; the "
-            "bracket is the 95% interval over seeds. **Shown** means that the interval leaves 0 "
-            "out on the claim's side, *not shown* that it holds 0; the last column then says with "
-            "how many seeds a difference of this size and spread would show. One claim in twenty "
-            "that is not true would show by chance. “One lr” is 2e-3, which was chosen for RoRA at "
-            "r = 32; the best lrs are chosen by the validation questions.\n",
+            "models. Test questions rest on facts that pretraining asked about in other words; "
+            "strict ones on facts that it only stated. The test questions are nearly all answered "
+            "by every method, so the strict ones tell more.\n",
+            "A difference is in points of accuracy, of runs with the same seed. The bracket is its "
+            "95% interval over seeds. **Shown** means that the interval leaves 0 out on the "
+            "claim's side. *Not shown* means that it holds 0; in brackets stands with how many "
+            "seeds a difference of this size and spread would show. One claim in twenty that is "
+            "not true would show by chance. “One lr” is 2e-3, which was chosen for RoRA at r = 32. "
+            "The best lrs are chosen by the validation questions.\n",
             "\n".join(table),
-            f"\n## Where the lead comes from, r = {RANK}\n",
+            "\n## Whose loss falls faster\n",
+            loss_table(scored),
+            f"\n## Where the lead comes from, r = {RANK}, strict questions\n",
             "Bold: the interval leaves 0 out.\n",
-            task_table(scored, "One lr for all", one_lr),
+            task_table(scored, "One lr for all", one_lr, "strict"),
             "",
-            task_table(scored, "Each at its best lr", best),
+            task_table(scored, "Each at its best lr", best, "strict"),
             f"\n## How steady the demo's row is: RoRA, r = {RANK}, lr {LR:g}\n",
             row_table(rows),
             f"\nMade by `python lessons/findings.py` from {len(rows)} runs on "

@@ -63,12 +63,15 @@ class Difference:
         return f"over {MOST}"
 
     def __str__(self) -> str:
+        return self.with_digits(1)
+
+    def with_digits(self, n: int) -> str:
         if not self.values:
             return "–"
         if math.isinf(self.half):
-            return f"{self.mean:+.1f} (one seed, no interval)"
+            return f"{self.mean:+.{n}f} (one seed, no interval)"
         low, high = self.mean - self.half, self.mean + self.half
-        return f"{self.mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+        return f"{self.mean:+.{n}f} [{low:+.{n}f}, {high:+.{n}f}]"
 
 
 def difference(one: dict[int, float], two: dict[int, float]) -> Difference:

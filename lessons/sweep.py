@@ -12,7 +12,7 @@ run.
     python lessons/sweep.py try      six runs of 20 steps, to see the path; the numbers mean nothing
     python lessons/sweep.py ... --dry-run     the list, what is done, how long the rest would take
 
-fig1 asks the test, val and strict questions, grid and best test and val, row val alone.
+Every run is asked the test, val and strict questions, but for row's, which are asked val alone.
 
 A run is `rora.py` and then `eval.py` as they are, called in one process: torch is imported once.
 Two run side by side, a thread each (--jobs). Stopped or failed, the same command goes on: what the
@@ -276,7 +276,7 @@ def plan(args: argparse.Namespace, rows: list[dict]) -> list[dict]:
             for seed in args.seeds or [0, 1]
         ]
     ranks = args.ranks or rank_axis(json.loads((folder / "config.json").read_text())["hidden_size"])
-    splits = list(homes) if args.mode in ("fig1", "try") else ["test", "val"]
+    splits = list(homes)
     seeds = args.seeds or ([0] if args.mode == "grid" else [0, 1, 2])
     like = condition(planned(args, files, splits, "lora", ranks[0], lr, 0))
     rows = [r for r in rows if condition(r) == like]
