@@ -1,7 +1,7 @@
-"""What derivation.py measured, as a page (lessons/derivation.md) and a picture. Standard library;
-the picture needs matplotlib.
+"""What derivation.py measured, as a page (lessons/derivation.md) and two pictures. Standard
+library; the pictures need matplotlib.
 
-    python lessons/derivation_page.py    both again, from lessons/results/derivation.json
+    python lessons/derivation_page.py    all again, from lessons/results/derivation.json
 
 PAGE is the text, `facts` the numbers in it: none is typed.
 """
@@ -342,7 +342,45 @@ def many_steps(r: Results) -> str:
     return markdown(["optimizer", "γ", *(f"r = {rank}" for rank in r.few)], rows, words=2)
 
 
-# --- the picture --------------------------------------------------------------------------------
+# --- the pictures ---------------------------------------------------------------------------------
+
+
+NAMES = {rule: f"γ = {rule}" for rule in LOOK}
+
+
+def fall_panel(ax, r: Results, where: str, optimizer: str, names: dict[str, str] = NAMES) -> None:
+    """By how much one step lowers the loss, against the rank; 1 at the lowest rank."""
+    for rule, name in names.items():
+        falls = [r.cell(where, optimizer, rule, rank)["fall"] for rank in r.ranks]
+        relative = [fall / falls[0] for fall in falls]
+        ax.plot(r.ranks, relative, label=name, markersize=5, **LOOK[rule])
+    ax.set_yscale("log")
+
+
+def one_height(axes: list) -> None:
+    low, high = (f(ax.get_ylim()[i] for ax in axes) for i, f in ((0, min), (1, max)))
+    for ax in axes:
+        ax.set_ylim(low, high)
+
+
+def draw_idea(plt, r: Results):
+    """The two scales alone, on one layer: what README shows."""
+    fig, axes = plt.subplots(1, 2, figsize=(8.5, 3.6), layout="constrained")
+    methods = {"α/r": "LoRA: γ = α/r", "α/√r": "RoRA: γ = α/√r"}
+    for ax, optimizer, name in zip(axes, ("SGD", "AdamW"), ("gradient descent", "AdamW")):
+        fall_panel(ax, r, "layer", optimizer, methods)
+        ax.set_title(f"one step of {name}")
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(r.ranks, [str(rank) for rank in r.ranks])
+        ax.set_xlabel("rank r")
+    one_height(list(axes))
+    axes[0].set_ylabel(f"fall of the loss, relative to r = {r.low}")
+    width, seeds = r.all["size"]["width"], r.all["size"]["seeds"]
+    said = (
+        f"One layer of {width} × {width}, 64 inputs, mean of {seeds} seeds, α = {r.all['alpha']:g}."
+    )
+    finish(fig, said, axes[0])
+    return fig
 
 
 def draw(plt, r: Results):
@@ -376,21 +414,10 @@ def draw(plt, r: Results):
         (axes[1, 1], "tiny", "AdamW", "tiny model"),
     ]
     for ax, where, optimizer, name in places:
-        for rule, look in LOOK.items():
-            first = r.cell(where, optimizer, rule, r.low)["fall"]
-            ax.plot(
-                r.ranks,
-                [r.cell(where, optimizer, rule, rank)["fall"] / first for rank in r.ranks],
-                label=f"γ = {rule}",
-                markersize=5,
-                **look,
-            )
-        ax.set_yscale("log")
+        fall_panel(ax, r, where, optimizer)
         ax.set_title(f"{name}, one step of {optimizer}: fall of the loss")
         ax.set_ylabel(f"relative to r = {r.low}")
-    low, high = (f(ax.get_ylim()[i] for ax, *_ in places) for i, f in ((0, min), (1, max)))
-    for ax, *_ in places:
-        ax.set_ylim(low, high)
+    one_height([ax for ax, *_ in places])
     ax = axes[1, 2]
     for rule, look in LOOK.items():
         ax.plot(
@@ -453,6 +480,7 @@ def main(argv: list[str]) -> int:
     print(f"saved {home / 'derivation.md'}")
     if plt := pyplot("derivation"):
         save(plt, draw(plt, results), home / "figures", "derivation")
+        save(plt, draw_idea(plt, results), home / "figures", "idea")
     return 0
 
 
