@@ -17,6 +17,8 @@ demo: .venv/run-time  ## LoRA and RoRA on the embedded model, and a table of bot
 	@printf '   One seed each, in so small a world, tells nothing about larger models.\n\n'
 	.venv/bin/python eval.py --table runs/demo/lora runs/demo/rora
 
+setup: .venv/test  ## an environment with all that the tests need, in .venv
+
 test: .venv/test  ## the lessons and the guarantees, two files at a time
 	.venv/bin/python -m pytest -n 2 --dist loadfile
 
@@ -71,4 +73,4 @@ $(SMOLLM2): .venv-crosscheck/ready
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/'
 
-.PHONY: demo test lint exercises crosscheck faults peers bench help
+.PHONY: demo setup test lint exercises crosscheck faults peers bench help

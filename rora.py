@@ -58,11 +58,11 @@ SCALES: dict[str, Callable[[float, int], float]] = {
 class LoRALinear(nn.Module):
     """A frozen layer and a trained update of rank r: y = W x + s · lora_B lora_A x. (Eq. 1)"""
 
-    base_type = nn.Linear
+    base_type = nn.Linear  # what it can sit on
     targets = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
-    any_target = True
+    any_target = True  # --targets may put it on other layers
     scale = "linear"
-    held: tuple[Tensor, Tensor] | None = None  # what cast() answers while fast.held lasts
+    held: tuple[Tensor, Tensor] | None = None  # cast once for a whole step (fast.held)
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0):
         super().__init__()
@@ -81,7 +81,7 @@ class LoRALinear(nn.Module):
         return SCALES[self.scale](self.alpha, self.rank)
 
     def forward(self, x: Tensor) -> Tensor:  # (..., I) -> (..., O)
-        """Down to r numbers, up to O, added to W x in place: hook this layer, not its base."""
+        """Down to r numbers, up to O, added to W x in place, so that W x itself is gone."""
         A, B = self.cast()
         y = self.base(x)
         low = F.linear(self.dropout(x), A)  # (..., r)
@@ -135,7 +135,7 @@ class DoRALinear(LoRALinear):
     also drop inside W x: the same at dropout 0, and a second product with W otherwise.
     """
 
-    held_norm: Tensor | None = None  # what norm() answers while fast.held lasts
+    held_norm: Tensor | None = None  # norm() once for a whole step (fast.held)
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0):
         super().__init__(base, rank, alpha, dropout)
@@ -189,7 +189,7 @@ def attach(
     """Freeze the model, then wrap its target layers: all that is trainable afterwards is new.
 
     rank: as the method counts it (Method.rank_is). scale: for a method that has other_scales.
-    Works on meta models. Raises ValueError, in the words of plumbing/refuse.py.
+    The model may be on meta, without numbers. Raises ValueError, worded by plumbing/refuse.py.
     """
     refuse.bad_settings(METHODS, SCALES, method, rank, alpha, targets, scale)
     refuse.second_adapter(wrappers(model))
@@ -292,6 +292,7 @@ def loss_sum(model: Llama, batch: Batch, recomputed: int = 0) -> Tensor:
 
 
 def targets_in(records: list[Record]) -> int:
+    """Tokens that are learned: of each record those from its split on."""
     return sum(len(r.ids) - r.split for r in records)
 
 

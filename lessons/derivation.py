@@ -2,7 +2,7 @@
 
     python lessons/derivation.py           five minutes on two cores: results/derivation.json, then
                                            the page and its picture
-    python lessons/derivation.py --quick   a look in seconds: smaller everywhere, written to
+    python lessons/derivation.py --quick   half a minute: smaller everywhere, written to
                                            runs/lessons/derivation
 
 Read from top to bottom: the functions follow the paper's equations. derivation_page.py says what
@@ -58,7 +58,7 @@ FULL = {
 QUICK = {
     "ranks": [4, 32, 128],
     "p": 64,
-    "draws": 1000,
+    "draws": 4000,
     "width": 64,
     "seeds": 1,
     "records": 4,

@@ -83,9 +83,9 @@ PAGE = """\
 
 With plain gradient descent one step lowers the loss by an amount that goes like γ² r, so α/√r makes
 it the same at every rank: the paper's result holds. Its road there does not, because the variance
-in Eq. 9 is wrong, and Eq. 15 is true only where inputs are alike, as those of a trained model are.
-With AdamW, which everybody uses, the first step's gain goes like γ r: there α/r is the scale
-without rank, and RoRA at a learning rate lr is LoRA at lr·√r.
+in Eq. 9 is wrong, and Eq. 15 is true of other inputs only where these are like the step's own, as
+they are in a trained model. With AdamW, which everybody uses, the first step's gain goes like γ r:
+there α/r is the scale without rank, and RoRA at a learning rate lr begins like LoRA at lr·√r.
 
 The letters are the paper's: w is what the adapter adds to a layer's output, γ the scale, x the
 input of the first step, x' that of the next. α = {alpha}. `python lessons/derivation.py` measures
@@ -94,8 +94,8 @@ all of this again. Every number is from `lessons/results/derivation.json`.
 ## Eq. 2 to 4: what the first step makes of w
 
 B begins at 0. So A's first gradient is {grad_A}, and only B moves. One step of torch's SGD on a
-real `RoRALinear` leaves B where Eq. 3 says, off by {eq3} of its norm, and w of the next input where
-Eq. 4 says, off by {eq4}:
+real `RoRALinear` leaves B where Eq. 3 says (relative error {eq3}), and w of the next input where
+Eq. 4 says (relative error {eq4}):
 
     w = −η δ γ² · xᵀAᵀA x'
 
@@ -109,8 +109,8 @@ another matter:
 
 {variances}
 
-Eq. 9 is wrong by up to {eq9_off} standard errors. It does not follow from Eq. 8 either, which as
-printed is a sum of p_in · r · p_in ones.
+Eq. 9 is wrong by up to {eq9_off} standard errors. It does not follow from Eq. 8 either: that adds
+up p_in · r · p_in terms, each 1, which makes r·p_in².
 
 ## Eq. 10 to 15: which γ keeps ‖w‖
 
@@ -121,9 +121,9 @@ inputs, and r well below p_in, the fourth root is the rule without rank. Eq. 15 
 ## Where the argument lies: inputs are alike
 
 Let x and x' have correlation ½. Then E xᵀAᵀA x' = r·E⟨x, x'⟩ = r·p_in/2, which is {coherent_exact}
-at r = {mid}; measured, {coherent}. This coherent part grows like r, and the spread around it more
-slowly. Under α/√r it goes like γ² r = α², the same at every rank. This argument carries the method.
-Eq. 12 to 15 state its result.
+at r = {mid}; measured, {coherent}. This part of w, the same for every draw of A, is called coherent
+here. It grows like r, and the spread around it more slowly. Under α/√r it goes like γ² r = α², the
+same at every rank. This argument carries the method. Eq. 12 to 15 state its result.
 
 How much of w is coherent? For a batch whose gradient is G = ∂L/∂W, w = −ηγ² G AᵀA x'. With σ² the
 variance of A's entries,
@@ -132,16 +132,20 @@ variance of A's entries,
                         coherent       incoherent
 
 A real SGD step on one layer follows this to {formula_off} at all {n_ranks} ranks. Let κ² be
-‖G x'‖² / (‖G‖² ‖x'‖²). The coherent part is the larger from about r = 1/κ² on:
+‖G x'‖² / (‖G‖² ‖x'‖²): about 1/p_in where x' has nothing to do with the batch, and the squared
+cosine of x and x' where the batch is one input x. The coherent part is the larger from r = 1 + 1/κ²
+on:
 
 {alignment}
 
-A trained model's inputs are that much alike. On the tiny model one SGD step's ‖w‖ under α/√r
+So much is a trained model's input like those of another batch. On the tiny model one SGD step's
+‖w‖ under α/√r
 changes {tiny_w_first} from r = {low} to {mid} and {tiny_w_last} from {mid} to {high}. Under α/r it
 changes {tiny_w_linear_first} and {tiny_w_linear_last}.
 
-The loss feels the coherent part alone. One small SGD step lowers it by η γ² ‖G Aᵀ‖², which is r
-terms of equal size on average. The tables below show it, in the column "fall of the loss".
+The loss of the step's own batch needs no likeness: there x' is x. One small SGD step lowers it by
+η γ² ‖G Aᵀ‖², which is r positive terms of equal size on average, whatever the inputs are. The
+tables below show it, in the column "fall of the loss".
 
 ## A as it really begins
 
@@ -151,8 +155,8 @@ terms of equal size on average. The tables below show it, in the column "fall of
 {as_drawn}
 
 The root of it grows {real_grown} from r = {low} to {mid}, and {exact_grown} for standard normal A.
-So the initialisation divides w by a number without r in it, {real_divides} here, and changes
-nothing about the rank.
+So the initialisation divides w by about 3 p_in, {real_divides} here, and changes nothing about the
+rank.
 
 ## One step of SGD and one of AdamW
 
@@ -308,7 +312,7 @@ def alignment(r: Results) -> str:
     }
     for kind, k in r.all["alignment"].items():
         found[f"tiny model, held-out records, median {kind}"] = k["kappa2"]
-    rows = [[where, show(k), f"{1 / k:.0f}"] for where, k in found.items()]
+    rows = [[where, show(k), math.ceil(1 + 1 / k)] for where, k in found.items()]
     return markdown(["x'", "κ²", "coherent from r ="], rows)
 
 

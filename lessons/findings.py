@@ -240,8 +240,9 @@ def page(folder: Path) -> str:
             "A difference is in points of accuracy, of runs with the same seed. The bracket is its "
             "95% interval over seeds. **Shown** means that the interval leaves 0 out on the "
             "claim's side. *Not shown* means that it holds 0; in brackets stands with how many "
-            "seeds a difference of this size and spread would show. One claim in twenty that is "
-            "not true would show by chance. “One lr” is 2e-3, which was chosen for RoRA at r = 32. "
+            "seeds a difference of this size and spread would show, first for test, then for "
+            "strict questions. Of forty claims with nothing behind them, one would show by "
+            "chance, and one the opposite. “One lr” is 2e-3, which was chosen for RoRA at r = 32. "
             "The best lrs are chosen by the validation questions.\n",
             "\n".join(table),
             "\n## Whose loss falls faster\n",

@@ -384,7 +384,11 @@ def main(argv: list[str]) -> int:
     )  # fig1-tiny-pruned.png, beside tiny's
     for name in args.pictures or PICTURES:
         if name not in ("fig1", "fig3") and not swept:
-            print(f"plot: {name} needs several lrs: python lessons/sweep.py grid", file=sys.stderr)
+            print(
+                f"plot: {name} needs several lrs: python lessons/sweep.py grid"
+                f"{'' if args.results == SWEEP else f' --results {args.results}'}",
+                file=sys.stderr,
+            )
             continue
         save(plt, PICTURES[name](plt, rows, args.rank), args.out, name + ending)
     return 0

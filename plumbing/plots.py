@@ -109,8 +109,9 @@ def draw_curves(ax, curves: list[tuple[list[int], list[float]] | None], scale: s
     ax.set_xlim(0, 1.02 * max(steps[-1] for steps, _ in drawn))
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set_xlabel("step")
-    ax.set_yscale(scale)
-    if scale == "log":
+    values = [value for _, curve in drawn for value in curve]
+    if scale == "log" and max(values) > 2 * min(values):  # else log's labels lie on one another
+        ax.set_yscale(scale)
         ax.yaxis.set_major_formatter("{x:g}")
         low, high = ax.get_ylim()
         ax.yaxis.set_minor_formatter("{x:g}" if high < 30 * low else "")

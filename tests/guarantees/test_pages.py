@@ -52,6 +52,7 @@ NOT_RUN = {  # what no test runs, and why; its flags are parsed all the same
     "bench/gpu.py": "wants a GPU",
     "bench/cpu.py": "takes half an hour: make bench",
     "bench/fits.py": "computes, for minutes, by the sums that test_memory.py checks",
+    "make setup": "is the beginning of make test",
     "make bench": "takes half an hour",
     "make peers": "installs other frameworks",
     "pip": "fetches packages",
