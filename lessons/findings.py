@@ -21,6 +21,7 @@ from rows import (
     axis,
     best_lr,
     chosen,
+    grid,
     line,
     load,
 )
@@ -41,6 +42,15 @@ VERDICTS = {"not shown": "not shown", "not run yet": "not run yet"}
 
 def one_lr(method: str, rank: int) -> float:
     return LR
+
+
+def own_lr(rows: Runs) -> RowLr:
+    """The best of several, by the validation questions; None where one alone was run."""
+
+    def best(method: str, rank: int) -> float | None:
+        return best_lr(rows, method, rank) if len(grid(rows, method, rank)) > 1 else None
+
+    return best
 
 
 def runs_at(rows: Runs, method: str, rank: int, lr: float | None, split: str = "test") -> Runs:
@@ -116,7 +126,7 @@ def claim(said: str, measured: str, values, wanted: str = "more") -> str:
 
 def lead_claims(rows: Runs) -> Iterator[str]:
     """RoRA against both others, at one lr and each at its best."""
-    best = lambda method, rank: best_lr(rows, method, rank)
+    best = own_lr(rows)
 
     def of(other: str, lr_of: RowLr, ranks: tuple[int, ...]):
         pair = ("rora", other)
@@ -223,7 +233,7 @@ def page(folder: Path) -> str:
     scored = [r for r in rows if r.get("test")]
     if not scored:
         raise SystemExit("every run diverged")
-    best = lambda method, rank: best_lr(rows, method, rank)
+    best = own_lr(scored)
     machines = sorted({f"{r['device']} ({r.get('machine', 'not noted')})" for r in rows})
     table = [line(*HEAD), "|---|---|--:|--:|--:|---|"]
     table += [*lead_claims(scored), *rank_claims(scored)]
