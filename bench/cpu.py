@@ -468,9 +468,10 @@ def main() -> None:
             file.write_text(json.dumps(results, indent=1) + "\n")
     if "product" not in results:
         parser.exit(1, "no tables yet: the section product is not measured\n")
-    file.with_suffix(".md").write_text(report(results))
+    file.with_suffix(".md").write_text(report(results), encoding="utf-8")
     print(report(results))
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(encoding="utf-8")  # tables have dashes
     main()

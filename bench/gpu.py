@@ -558,9 +558,10 @@ def main() -> None:
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     text = report(lines)
     if not args.table:
-        (out / "gpu.md").write_text(text)
+        (out / "gpu.md").write_text(text, encoding="utf-8")
     print(text)
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(encoding="utf-8")  # tables have dashes
     main()

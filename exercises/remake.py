@@ -4,6 +4,7 @@ Each patch is merged into a copy of HEAD and written back with one line of conte
 merge, the copy stays, and the command that writes the patch once it is repaired is printed.
 """
 
+import argparse
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,7 @@ def git(*words: str, where: Path = HERE.parent, check: bool = True) -> str:
 
 
 def main() -> int:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     left = 0
     for patch in sorted(HERE.glob("*.patch")):
         copy = Path(tempfile.mkdtemp(prefix=patch.stem + "-")) / "tree"

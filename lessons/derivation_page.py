@@ -9,12 +9,11 @@ PAGE is the text, `facts` the numbers in it: none is typed.
 import argparse
 import json
 import math
-import sys
 import textwrap
 from pathlib import Path
 
 from plot import finish, pyplot, save
-from rows import HERE
+from rows import HERE, as_page
 
 LOOK = {
     "α/r": {"color": "black", "marker": "o", "linestyle": "-"},
@@ -479,7 +478,7 @@ def main(argv: list[str]) -> int:
     home = parser.parse_args(argv).home
     results = Results(home / "results" / "derivation.json")
     text = page(results)
-    (home / "derivation.md").write_text(text)
+    (home / "derivation.md").write_text(text, encoding="utf-8")
     print(text)
     print(f"saved {home / 'derivation.md'}")
     if plt := pyplot("derivation"):
@@ -489,4 +488,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    as_page(main)

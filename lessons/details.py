@@ -10,12 +10,12 @@ the sampling error of the questions, make nothing.
 
 import argparse
 import math
-import sys
 from itertools import combinations
 from pathlib import Path
 from statistics import mean, stdev
 
 from rows import (
+    as_page,
     ABSCISSAS,
     METHODS,
     NAMES,
@@ -377,4 +377,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    as_page(main)

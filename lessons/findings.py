@@ -7,13 +7,13 @@ details.py prints the numbers behind it, paired.py says what an interval is.
 """
 
 import argparse
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from statistics import mean, stdev
 
 from paired import Difference, difference
 from rows import (
+    as_page,
     METHODS,
     NAMES,
     RESULTS,
@@ -289,4 +289,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    as_page(main)

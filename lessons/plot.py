@@ -21,6 +21,7 @@ from pathlib import Path
 from statistics import mean
 
 from rows import (
+    as_page,
     ABSCISSAS,
     HERE,
     METHODS,
@@ -395,4 +396,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    as_page(main)

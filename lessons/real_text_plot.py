@@ -6,12 +6,11 @@ python lessons/real_text_plot.py
 
 import argparse
 import math
-import sys
 from pathlib import Path
 from statistics import mean
 
 from plot import LOOK, finish, pyplot, save, smooth
-from rows import HERE, METHODS, NAMES, read
+from rows import HERE, METHODS, NAMES, read, as_page
 
 WINDOW = 8  # steps
 
@@ -115,4 +114,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    as_page(main)

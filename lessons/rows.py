@@ -7,6 +7,7 @@ conditions are never averaged or compared.
 """
 
 import hashlib
+import io
 import json
 import sys
 from collections.abc import Callable, Iterable
@@ -28,6 +29,14 @@ ABSCISSAS = {  # what accuracy may be drawn against; s is the effective scale
     "lr · s · √r": lambda r: r["settings"]["lr"] * r["scale"] * r["settings"]["rank"] ** 0.5,
     "lr · s · r": lambda r: r["settings"]["lr"] * r["scale"] * r["settings"]["rank"],
 }
+
+
+def as_page(main: Callable[[list[str]], int]) -> None:
+    """Run a script whose output becomes a page: in UTF-8, whatever the terminal can show."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8")
+    sys.exit(main(sys.argv[1:]))
 
 
 def line(*cells) -> str:
@@ -60,7 +69,7 @@ def questions_digest(homes: Iterable[Path]) -> str:
 def read(path: Path) -> list[dict]:
     """The lines of a results file; one that a crash cut short is passed over."""
     found = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
             found.append(json.loads(line))
         except ValueError:
@@ -71,7 +80,7 @@ def read(path: Path) -> list[dict]:
 def append(path: Path, row: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     cut = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8") as file:
         file.write("\n" * cut + json.dumps(row, ensure_ascii=False) + "\n")
 
 

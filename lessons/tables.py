@@ -20,6 +20,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from rows import (
+    as_page,
     HERE,
     METHODS,
     NAMES,
@@ -322,4 +323,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    as_page(main)

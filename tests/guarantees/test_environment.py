@@ -4,10 +4,11 @@ names. A run starts right or says which variable is wrong; no print ends it."""
 import io
 import os
 import shutil
+import subprocess
 import sys
 
 import pytest
-from helpers import flags, judge, make_world, outcome, refused, rora, run, score
+from helpers import ROOT, flags, judge, make_world, outcome, refused, rora, run, score
 
 SHORT = {"max_steps": 2, "epochs": None, "save_every": None, "eval_every": None}
 
@@ -95,6 +96,15 @@ def test_a_terminal_that_cannot_show_a_sign_shows_another(world, tmp_path, monke
     assert on_terminal(monkeypatch, encoding, judge, "--table", tmp_path / "run")[0] == 0
     code, said = on_terminal(monkeypatch, encoding, rora, "--ckpt", "naïve-√")
     assert code == 3 and "na" in said
+
+
+@pytest.mark.parametrize("script", ["findings", "details", "tables"])
+def test_a_page_is_utf_8_whatever_the_terminal_is_and_says_what_the_results_say(script):
+    """It goes into a file: a ? in the place of α would stay there."""
+    command = [sys.executable, str(ROOT / "lessons" / f"{script}.py")]
+    env = os.environ | {"PYTHONIOENCODING": "ascii"}
+    printed = subprocess.run(command, env=env, capture_output=True, check=True).stdout
+    assert printed == (ROOT / "lessons" / "results" / f"{script}.md").read_bytes()
 
 
 def test_a_name_whose_bytes_are_not_utf_8_is_refused_where_it_could_not_be_read_back(
