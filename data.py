@@ -432,7 +432,8 @@ def split_validation(records: list, val_size: int) -> tuple[list, list]:
     """(training, validation). The split is the same for every seed: runs are then comparable."""
     if val_size >= len(records):
         raise DataError(
-            f"--val-size {val_size} leaves nothing of {len(records)} records to train on"
+            f"--val-size {val_size} leaves nothing of {len(records)} records to train on; "
+            "--val-size 0 holds none out"
         )
     held = set(random.Random(42).sample(range(len(records)), val_size))
     return ([r for i, r in enumerate(records) if i not in held], [records[i] for i in sorted(held)])

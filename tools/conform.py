@@ -36,9 +36,13 @@ def read_theirs(path: Path, want: dict[str, Tensor]) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             theirs = load_file(path)
         else:
-            theirs = {"logits": torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.float32)}
-            if theirs["logits"].numel() == shape.numel():
-                theirs["logits"] = theirs["logits"].view(shape)
+            numbers = bytearray(path.read_bytes())
+            if len(numbers) != 4 * shape.numel():
+                raise ValueError(
+                    f"{len(numbers)} bytes, and no .safetensors; bare fp32 logits of shape "
+                    f"{tuple(shape)} have {4 * shape.numel()}"
+                )
+            theirs = {"logits": torch.frombuffer(numbers, dtype=torch.float32).view(shape)}
     except (OSError, SafetensorError, ValueError) as e:
         raise CheckpointError(f"{path}: {e}") from None
     if "logits" not in theirs:
