@@ -297,9 +297,9 @@ def load_examples(path: str | Path, task: str | None = None) -> list[dict]:
         # "utf-8-sig" would count bytes from behind the BOM
         text = path.read_bytes().decode().removeprefix("\ufeff")
     except FileNotFoundError:
-        raise DataError(
-            f"{path}: no such file; ./weights_download.sh data fetches the paper's records"
-        ) from None
+        paper = path.name.startswith("commonsense")
+        hint = "; ./weights_download.sh data fetches the paper's records" if paper else ""
+        raise DataError(f"{path}: no such file{hint}") from None
     except OSError as e:
         raise DataError(f"{path}: {e.strerror}") from None
     except UnicodeDecodeError as e:

@@ -101,6 +101,8 @@ def find_adapter(folder: str | Path, ckpt: str | None) -> tuple[Path, str]:
         hint = ""
         if (folder / "run.json").is_file():
             hint = ": nothing was validated yet; try its newest checkpoints/step-*"
+        elif (folder / "config.json").is_file():
+            hint = ": a base model is named with --ckpt"
         raise CheckpointError(f"{folder}: no adapter_config.json in it{hint}")
     if (folder / run_folder.MANIFEST).is_file() or run not in (None, folder):
         if problem := run_folder.damage(folder):

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from pathlib import Path
 
 import torch
@@ -131,9 +132,12 @@ def find_checkpoint(name: str) -> Path:
         if folder.is_dir():
             return folder
     hint = f"known names: {', '.join(CHECKPOINTS)}"
+    if near := get_close_matches(name, CHECKPOINTS, n=1):
+        hint = f"did you mean {near[0]}?"
     if name in CHECKPOINTS or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         hint = f"./weights_download.sh {name} fetches it"
-    raise CheckpointError(f"no checkpoint folder {name} or checkpoints/{name}; {hint}")
+    places = name if Path(name).is_absolute() else f"{name} or checkpoints/{name}"
+    raise CheckpointError(f"no checkpoint folder {places}; {hint}")
 
 
 def short_name(ckpt: str) -> str:
@@ -199,9 +203,8 @@ def at_least(least: float, kind: type = int, below: float = 2**63) -> Callable[[
         if not least <= value < below:
             whole = "whole " if kind is int else ""
             bound = f" and below {below:g}" if value >= below or below < 2**63 else ""
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is not a {whole}number of at least {least:g}{bound}"
-            )
+            above = "above 0" if 0 < least < 1e-300 else f"of at least {least:g}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {whole}number {above}{bound}")
         return value
 
     return parse
@@ -374,7 +377,10 @@ def add_speed_flags(group) -> None:
         "--device", metavar="NAME", help="cuda, cpu, mps (default: cuda if there is one)"
     )
     group.add_argument(
-        "--dtype", choices=DTYPES, help="of the base model (default: bf16 on cuda, fp32 on cpu)"
+        "--dtype",
+        choices=DTYPES,
+        help="of the base model, or of what --merge writes (default: "
+        "bf16 on cuda, fp32 on cpu; the base file's)",
     )
     group.add_argument(
         "--checkpoint-blocks",
@@ -559,7 +565,8 @@ def ended_in_order() -> Iterator[None]:
 def exit_code(
     work: Callable[[], int],
     program: str,
-    smaller: str = "a smaller --micro-batch-size, --checkpoint-blocks all, or a smaller --rank",
+    smaller: str = "a smaller --micro-batch-size, --checkpoint-blocks all, a smaller --rank, or "
+    "--dtype bf16",
 ) -> int:
     """Run `work`; foreseeable failures become one line on stderr and the exit code that README
     lists.

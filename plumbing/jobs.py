@@ -418,6 +418,14 @@ def schedule_words(settings: Settings, steps: int) -> str:
     )
 
 
+def note_warmup(settings: Settings, steps: int) -> None:
+    if settings.warmup >= steps:
+        print(
+            f"note: the warm-up of {settings.warmup} steps is not over after {steps}: lr never "
+            f"reaches {settings.lr:g}; see --warmup"
+        )
+
+
 def fit(
     model: Llama,
     records: list[Record],
@@ -437,11 +445,7 @@ def fit(
         f"{settings.dtype} on {model.lm_head.weight.device}",
         flush=True,
     )
-    if settings.warmup >= steps:
-        print(
-            f"note: the warm-up of {settings.warmup} steps is not over after {steps}: lr never "
-            f"reaches {settings.lr:g}; see --warmup"
-        )
+    note_warmup(settings, steps)
     plan, largest, recomputed = plan_memory(model, records, settings)
     free = memory.available(model.lm_head.weight.device) + plan.weights
     if recomputed or model.lm_head.weight.is_cuda or plan.total(recomputed) > free:
@@ -518,6 +522,7 @@ def check(args: argparse.Namespace) -> int:
         f"{max(len(r.ids) for r in records)} at most in a record · "
         f"{schedule_words(settings, steps)} · {settings.dtype} on {device}"
     )
+    note_warmup(settings, steps)
     free = memory.available(device)
     with naming_memory("making one block to plan with"):
         sample = skeleton(trial.cfg, settings, device)
@@ -605,8 +610,8 @@ def measure(
 
 
 def merge_files(args: argparse.Namespace) -> int:
-    """Base + adapter as one Hugging Face folder, in the base's dtype on disk; or the adapter with a
-    plain scale."""
+    """Base + adapter as one Hugging Face folder, in the base's dtype on disk if not told otherwise;
+    or the adapter with a plain scale."""
     if not args.out:
         raise FlagError("--merge needs --out DIR")
     out = Path(args.out)
@@ -615,6 +620,8 @@ def merge_files(args: argparse.Namespace) -> int:
         raise run_folder.RunError(f"{out} exists; --merge writes a new folder")
     folder, ckpt = find_adapter(args.merge, args.ckpt)
     if args.export_scale:
+        if args.dtype:
+            raise FlagError("--dtype has no effect with --export-scale")
         return export_plain(folder, out)
     method = read_adapter(folder, METHODS)[0].method
     try:
@@ -623,7 +630,7 @@ def merge_files(args: argparse.Namespace) -> int:
         raise FlagError(str(e)) from None
     base = find_checkpoint(ckpt)
     refuse_strangers(folder, ckpt)
-    model = load_base(ckpt, torch.device("cpu"), None)
+    model = load_base(ckpt, torch.device("cpu"), DTYPES[args.dtype] if args.dtype else None)
     load_adapter(model, folder)
     merge(model)
     kind = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
@@ -635,7 +642,7 @@ def merge_files(args: argparse.Namespace) -> int:
             if (base / name).is_file():
                 (temporary / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(base / name, temporary / name)
-        set_straight(temporary / "config.json", model.cfg.tie_embeddings)
+        set_straight(temporary / "config.json", model.cfg.tie_embeddings, args.dtype and kind)
         lacking = write_tokenizer_json(base, temporary)
     if lacking:
         print(f"note: {lacking}")
@@ -643,12 +650,14 @@ def merge_files(args: argparse.Namespace) -> int:
     return 0
 
 
-def set_straight(path: Path, tied: bool) -> None:
+def set_straight(path: Path, tied: bool, dtype: str | None) -> None:
     """What the base's config.json says and the merged tensors do not: heads that differ from the
-    embedding are not tied, and biases that were all zero are not written."""
+    embedding are not tied, biases that were all zero are not written, the dtype may be another."""
     config = read_json(path)
     right = {"tie_word_embeddings": tied, "attention_bias": False, "mlp_bias": False}
-    wrong = {key: value for key, value in right.items() if bool(config.get(key)) != value}
+    wrong: dict = {key: value for key, value in right.items() if bool(config.get(key)) != value}
+    if dtype:
+        wrong |= {key: dtype for key in ("torch_dtype", "dtype") if key in config}
     if wrong:
         run_folder.write_json(path, config | wrong)
 
@@ -744,7 +753,7 @@ TRACED = {"ckpt", "method", "scale", "rank", "alpha", "targets", "seed", "device
 JOBS = {  # the flag that asks for it: (what does it, the flags that it takes)
     None: (start, TRAINING | {"out", "overwrite"}),
     "resume": (resume, TRAINING),
-    "merge": (merge_files, {"out", "export_scale", "ckpt"}),
+    "merge": (merge_files, {"out", "export_scale", "ckpt", "dtype"}),
     "check": (check, TRAINING),
     "trace": (trace, TRACED),
 }

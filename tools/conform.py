@@ -203,8 +203,13 @@ def conform(folder: Path, path: Path) -> int:
     blocks = [name for name in told if name.startswith("layers.") and not told[name] < AGREES]
     if blocks:
         print(f"the first block that differs: {blocks[0]}")
-    if what := explain(folder, want, theirs["logits"]):
+    kind = str(theirs["logits"].dtype).removeprefix("torch.")
+    if not theirs["logits"].isfinite().all():
+        print("the logits hold NaN or infinity")
+    elif what := explain(folder, want, theirs["logits"]):
         print(f"the logits are those of a known mistake: {what}")
+    elif kind in ("bfloat16", "float16"):
+        print(f"the logits are {kind}, which rounds by about 1e-2: compare in fp32")
     elif folder.name != "base":
         print(f"no known mistake gives these logits; does {folder.parent / 'base'} agree?")
     return 4

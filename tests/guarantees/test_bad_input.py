@@ -491,6 +491,8 @@ def test_flags_of_eval_are_checked_too(world, words, said):
 
 def test_a_checkpoint_that_is_not_there_says_where_it_was_looked_for(world):
     refused(run("--ckpt", "llama-7b"), 3, "checkpoints/llama-7b", "./weights_download.sh llama-7b")
+    refused(run("--ckpt", "llama7b"), 3, "did you mean llama-7b?")
+    refused(run("--ckpt", "/no/such"), 3, "no checkpoint folder /no/such;")
     refused(run("--ckpt", "nonsense"), 3, "known names: tiny")
 
 

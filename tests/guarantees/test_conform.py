@@ -58,3 +58,26 @@ def test_bare_fp32_numbers_will_do(tmp_path, capsys):
     assert "agrees" in capsys.readouterr().out
     (tmp_path / "logits.bin").write_bytes(logits.numpy().tobytes()[:-4])
     assert main([str(KIT / "rora"), "--logits", str(tmp_path / "logits.bin")]) == 3
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda logits: logits.bfloat16(), "the logits are bfloat16"),
+        (lambda logits: logits * float("nan"), "the logits hold NaN or infinity"),
+    ],
+)
+def test_logits_that_cannot_be_judged_are_told_why(tmp_path, capsys, change, said):
+    logits = load_file(KIT / "rora" / "trace.safetensors")["logits"]
+    save_file({"logits": change(logits)}, tmp_path / "theirs.safetensors")
+    assert main([str(KIT / "rora"), "--logits", str(tmp_path / "theirs.safetensors")]) == 4
+    assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("size", [0, 6])
+def test_bare_logits_of_another_size_are_refused_with_the_size_they_should_have(
+    tmp_path, capsys, size
+):
+    (tmp_path / "theirs.bin").write_bytes(bytes(size))
+    assert main([str(KIT / "rora"), "--logits", str(tmp_path / "theirs.bin")]) == 3
+    assert f"{size} bytes" in capsys.readouterr().err

@@ -181,6 +181,18 @@ def test_a_bias_that_is_not_zero_is_refused_by_its_name(world):
         load_llama(world.base)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_merge_is_written_in_the_dtype_that_is_asked_for(world, tmp_path, dtype):
+    name = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+    assert run(*flags(world, "r", max_steps=2, epochs=None)).code == 0
+    assert run("--merge", "r", "--out", "merged", "--dtype", name).code == 0
+    tensors = load_file(tmp_path / "merged/model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {dtype}
+    config = json.loads((tmp_path / "merged/config.json").read_text())
+    assert config.get("torch_dtype", config.get("dtype")) == str(dtype).removeprefix("torch.")
+    refused(run("--merge", "r", "--out", "s", "--export-scale", "plain", "--dtype", name), 2)
+
+
 # --- tokenizers -----------------------------------------------------------------------------------
 
 
