@@ -334,7 +334,8 @@ def _problem(example: object, task: str | None) -> str | None:
     for field in ("instruction", "output", "answer", "input"):
         value = example.get(field)
         if field in needed and field not in example:
-            return f'no "{field}"'
+            found = ", ".join(map(str, example)) or "nothing"
+            return f'no "{field}"; it has {found[:200]}'
         if value is None and field not in needed:
             continue
         if not isinstance(value, str):

@@ -471,7 +471,7 @@ def resolve(args: argparse.Namespace) -> tuple[Settings, torch.device]:
         rank=given("rank", named.rank),
         alpha=given("alpha", row.alpha) if scaled else None,
         dropout=given("dropout", named.dropout or 0.0),
-        targets=tuple(given("targets", named.layer.targets)),
+        targets=tuple(",".join(given("targets", named.layer.targets)).replace(",", " ").split()),
         loss=given("loss", row.loss),
         prompt=given("prompt", "clean"),
         max_len=given("max_len", 256),

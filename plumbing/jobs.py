@@ -219,13 +219,19 @@ def source(home: Path = HERE) -> dict:
 # --- a run ----------------------------------------------------------------------------------------
 
 
-def start(args: argparse.Namespace) -> int:
-    """Train from the beginning."""
-    settings, device = resolve(args)
+def new_run(args: argparse.Namespace, settings: Settings) -> Path:
+    """Where the run will be. Raises RunError if it could not be there."""
     name = f"{short_name(settings.ckpt)}-{settings.label}-r{settings.rank}-s{settings.seed}"
     folder = Path(args.out or f"runs/{name}")
     run_folder.check_writable(folder)
     refuse_existing(folder, args.overwrite)
+    return folder
+
+
+def start(args: argparse.Namespace) -> int:
+    """Train from the beginning."""
+    settings, device = resolve(args)
+    folder = new_run(args, settings)
     how = how_fast(args, device)
     model, records, held_out = prepare(settings, device)
     processes.wait()  # all have looked at the folder before the first fills it
@@ -501,6 +507,8 @@ def check(args: argparse.Namespace) -> int:
     config.json alone; then, if it fits and the weights are there, the longest micro-batch and three
     steps for real."""
     settings, device = resolve(args)
+    if args.out:
+        new_run(args, settings)
     how = how_fast(args, device)
     idle = peak_memory(device)  # on a CPU: what Python and torch take by themselves
     folder = find_checkpoint(settings.ckpt)
@@ -754,7 +762,7 @@ JOBS = {  # the flag that asks for it: (what does it, the flags that it takes)
     None: (start, TRAINING | {"out", "overwrite"}),
     "resume": (resume, TRAINING),
     "merge": (merge_files, {"out", "export_scale", "ckpt", "dtype"}),
-    "check": (check, TRAINING),
+    "check": (check, TRAINING | {"out", "overwrite"}),
     "trace": (trace, TRACED),
 }
 

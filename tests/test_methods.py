@@ -41,6 +41,7 @@ LENGTHS_AND_SPLITS = [(9, 1), (5, 1), (12, 6), (7, 1), (4, 2)]
 
 
 @functools.cache
+@torch.inference_mode(False)  # they are kept for training, even if generate asks first
 def shared_matrices(rank: int, width_in: int, width_out: int) -> tuple[Tensor, Tensor]:
     """A (r, I) and B (O, r), random, the same whenever they are asked for."""
     generator = torch.Generator().manual_seed(0)

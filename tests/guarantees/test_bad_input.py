@@ -285,6 +285,7 @@ GOOD = {
         ([GOOD | {"output": 3}], 'record 1: "output" is int'),
         ([GOOD | {"output": "  "}], '"output" is empty'),
         ([GOOD, {"instruction": "x"}], 'record 2: no "output"'),
+        ([{"messages": []}], 'record 1: no "instruction"; it has messages'),
         ([GOOD | {"input": ["x"]}], '"input" is list'),
         ([GOOD | {"instruction": "half \ud83d"}], "half of a surrogate pair"),
         (

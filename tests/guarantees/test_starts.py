@@ -161,3 +161,12 @@ def test_positions_that_the_model_was_not_made_for_are_told(world, tmp_path):
     assert result.code == 0 and "made for 40 positions" in result.out
     result = score(tmp_path / "run", "--data", world.tests, "--tasks", "piqa", "--limit", 1)
     assert result.code == 0 and "beyond the 40 positions" in result.out
+
+
+def test_a_check_takes_the_command_that_it_stands_before(world, tmp_path):
+    command = flags(world, tmp_path / "run", **SHORT, targets="q_proj,v_proj")
+    assert run(*command, "--check").code == 0 and not (tmp_path / "run").exists()
+    assert run(*command).code == 0
+    written = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert written["settings"]["targets"] == ["q_proj", "v_proj"]
+    refused(run(*command, "--check"), 2, "exists", "--overwrite")
