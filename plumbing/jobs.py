@@ -688,7 +688,7 @@ def export_plain(folder: Path, out: Path) -> int:
 
 def trace(args: argparse.Namespace) -> int:
     """One fixed batch through model and adapters: what another implementation must reproduce. Names
-    in the README."""
+    as in tools/CONFORM.md."""
     settings, device = resolve(args)
     out = Path(args.trace)
     run_folder.check_writable(out.parent)
