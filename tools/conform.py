@@ -143,6 +143,7 @@ def rotated(positions: Callable[[int], Tensor]):
     return change
 
 
+ALL_SEVEN = (*LoRALinear.targets, "o_proj", "gate_proj")  # the kit adapts every linear layer
 LORA = {
     "the base model alone: the adapter plays no part": base_alone,
     "the scale α/r": scaled(lambda alpha, r: alpha / r),
@@ -153,7 +154,7 @@ LORA = {
     "lora_B of q and k permuted for Meta's row order, on weights that are not": permuted(
         meta_to_hf, ("lora_B", "magnitude")
     ),
-    **{f"no adapter on {target}": left_out(target) for target in LoRALinear.targets},
+    **{f"no adapter on {target}": left_out(target) for target in ALL_SEVEN},
 }
 DORA = {
     "magnitudes left at ‖W‖: those of the file were not read": magnitudes_unread,
