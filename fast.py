@@ -2,7 +2,7 @@
 
     plain, in rora.py and llama.py       here
     ----------------------------------   -----------------------------------------------------------
-    LoRALinear.cast at every use         held: once for all micro-batches of an optimizer step
+    LoRALinear.cast at every use         held: once for all micro-batches of a step, all together
     DoRALinear.norm forms W + s B A      held: ‖W + s B A‖ from r-sized products
     F.cross_entropy(lm_head(hidden))     frozen_head_loss: a slice of logits at a time
     x · cos + roll(x) · sin              Rotation: fewer passes, and backwards it turns back
@@ -54,13 +54,42 @@ def held_norms(norms: dict[DoRALinear, Tensor]) -> Iterator[None]:
 @contextmanager
 def held_casts(model: nn.Module) -> Iterator[None]:
     layers: list[LoRALinear] = layers_with(model, "held")
-    for layer in layers:
-        layer.held = layer.cast()
+    dtypes = {layer.base.weight.dtype for layer in layers}
+    for dtype in dtypes - {torch.float32}:
+        these = [layer for layer in layers if layer.base.weight.dtype == dtype]
+        casts = iter(Casts.apply(dtype, *[x for m in these for x in (m.lora_A, m.lora_B)]))
+        for layer, held in zip(these, zip(casts, casts)):
+            layer.held = held
     try:
         yield
     finally:
         for layer in layers:
             layer.held = None
+
+
+class Casts(torch.autograd.Function):
+    """x.to(dtype) of many tensors; on a GPU a few launches in place of one for each, backwards too:
+    of the 4,600 that a step of LLaMA-7B takes, these were 960."""
+
+    @staticmethod
+    def forward(ctx, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.dtype = tensors[0].dtype
+        ctx.set_materialize_grads(False)
+        return tuple(cast_all(tensors, dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *gradients: Tensor | None) -> tuple:
+        there = [d for d in gradients if d is not None]
+        cast = iter(cast_all(there, ctx.dtype))
+        return None, *(None if d is None else next(cast) for d in gradients)
+
+
+def cast_all(tensors: tuple[Tensor, ...] | list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    out = [torch.empty_like(x, dtype=dtype) for x in tensors]
+    if out:
+        torch._foreach_copy_(out, tensors)
+    return out
 
 
 def layers_with(model: nn.Module, name: str) -> list:
@@ -70,12 +99,22 @@ def layers_with(model: nn.Module, name: str) -> list:
 
 @torch.no_grad()
 def factored_norms(model: nn.Module) -> dict[DoRALinear, Tensor]:
-    """Every DoRA layer's norm(), without forming V = W + s B A:
+    """Every DoRA layer's norm(), without forming V = W + s B A."""
+    norms, cancelled = norms_and_doubts(model)
+    return norms | plain_norms(norms, cancelled)
 
-    ‖V‖² = ‖W‖² + 2 s Σ (W Aᵀ) ∘ B + s² Σ (B A Aᵀ) ∘ B, with ‖W‖² computed once: r/O of the work.
+
+def plain_norms(norms: dict[DoRALinear, Tensor], cancelled: Tensor) -> dict[DoRALinear, Tensor]:
+    """norm() of those that are not to be trusted. The one wait for the device."""
+    return {layer: layer.norm() for layer, bad in zip(norms, cancelled.tolist()) if bad}
+
+
+@torch.no_grad()
+def norms_and_doubts(model: nn.Module) -> tuple[dict[DoRALinear, Tensor], Tensor]:
+    """‖V‖² = ‖W‖² + 2 s Σ (W Aᵀ) ∘ B + s² Σ (B A Aᵀ) ∘ B, with ‖W‖² computed once: r/O of the work.
 
     The error is of the size of the largest term times the precision of W Aᵀ. Where the terms
-    cancel, it shows: such a layer is computed as it stands in rora.py.
+    cancel, it shows: such a layer, True in the second part, is to be computed as in rora.py.
     """
     norms: dict[DoRALinear, Tensor] = {}
     cancelled = []
@@ -85,10 +124,7 @@ def factored_norms(model: nn.Module) -> dict[DoRALinear, Tensor]:
         trusted = 1e-6 if layers[0].base.weight.dtype == torch.float32 else 0.25
         cancelled.append((norm2 < trusted * torch.maximum(base, square)).any(1))
         norms |= zip(layers, norm2.clamp_min(TINY).sqrt())
-    bad = torch.cat(cancelled).tolist() if norms else []  # one wait for the device
-    for layer in [layer for layer, one in zip(norms, bad) if one]:
-        norms[layer] = layer.norm()
-    return norms
+    return norms, torch.cat(cancelled) if norms else torch.zeros(0, dtype=torch.bool)
 
 
 def alike(layers: list[DoRALinear], most: int = 32) -> Iterator[list[DoRALinear]]:
@@ -185,22 +221,26 @@ class Rotation(torch.autograd.Function):
     ) -> Tensor:  # (N, H, D), two of (N, 1, D) -> (N, H, D)
         ctx.save_for_backward(cos, sin)
         ctx.dtype = x.dtype
-        return rotate(x, cos, sin).to(dtype)
+        return rotate(x, cos, sin, dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d: Tensor) -> tuple:
         cos, sin = ctx.saved_tensors
-        return rotate(d, cos, -sin).to(ctx.dtype), None, None, None
+        return rotate(d, cos, -sin, ctx.dtype), None, None, None
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
     """x · cos + roll(x, D/2) · sin in fp32, cos's dtype: x is read as it is, not cast first."""
-    if x.is_cuda:  # one pass less; it rounds once, not twice
-        return (x * cos).addcmul_(x.roll(x.size(-1) // 2, -1), sin)
-    first, second = x.chunk(2, -1)
-    turned = torch.cat([second, first], -1)  # roll, in one pass
-    return (x * cos).add_(turned.to(cos.dtype).mul_(sin))
+    halves = x.chunk(2, -1)
+    if not x.is_cuda or torch.compiler.is_compiling():
+        turned = torch.cat(halves[::-1], -1)  # roll, in one pass
+        return (x * cos).add_(turned.to(cos.dtype).mul_(sin)).to(dtype)
+    y, still = torch.empty_like(x, dtype=dtype), x * cos
+    parts = zip(still.chunk(2, -1), halves[::-1], sin.chunk(2, -1), y.chunk(2, -1))
+    for a, b, c, out in parts:  # neither rolled nor cast in a pass of its own
+        torch.addcmul(a, b, c, out=out)
+    return y
 
 
 # --- CUDA graphs ----------------------------------------------------------------------------------
@@ -212,8 +252,9 @@ class Graphs:
 
     A recording is of one size: rows and tokens are filled up, tokens to a multiple of `step` by a
     row of padding that predicts nothing. Everything a recording reads or adds to stays where it is:
-    its inputs, DoRA's norms, the gradients. The largest comes first, so that the others fit into
-    its memory; where it does not fit, torch.OutOfMemoryError is raised, and nothing is kept.
+    its inputs, DoRA's norms (a recording of their own), the gradients. The largest comes first, so
+    that the others fit into its memory; where it does not fit, torch.OutOfMemoryError is raised,
+    and nothing is kept.
 
     rows, tokens: the most in a micro-batch. longest: the most tokens in a record.
     """
@@ -225,12 +266,12 @@ class Graphs:
         self.pool = torch.cuda.graph_pool_handle()
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.grads = [torch.zeros_like(p) for p in self.params]
-        self.norms = factored_norms(model)
+        self.norms: tuple[torch.cuda.CUDAGraph, dict[DoRALinear, Tensor], Tensor] | None = None
         ids, full = torch.zeros(tokens, dtype=torch.long), tokens // longest
         lengths = [longest] * full + [tokens - full * longest] * (full < rows)
         try:
             self.take_gradients()
-            with held_norms(self.norms):
+            with held_norms(self.norms_now()):
                 batch = SimpleNamespace(ids=ids, targets=ids, lengths=lengths)
                 self.record(*self.filled_up(batch, 1))
         finally:
@@ -251,12 +292,23 @@ class Graphs:
         """As rora.backward. `model` and `recomputed` are what this was made for."""
         self.take_gradients()
         filled = [self.filled_up(batch, count) for batch in batches]
-        if self.norms:
-            norms = factored_norms(model)
-            torch._foreach_copy_([*self.norms.values()], [norms[layer] for layer in self.norms])
-        with held_norms(self.norms):
+        with held_norms(self.norms_now()):
             for rows, inputs in filled:
                 yield self.replay(rows, inputs)
+
+    def norms_now(self) -> dict[DoRALinear, Tensor]:
+        """factored_norms(), always in the same place: where the recordings read them."""
+        if self.norms is None:
+            if not factored_norms(self.model):  # which also computes what no step changes
+                return {}
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool):
+                self.norms = graph, *norms_and_doubts(self.model)
+        graph, norms, cancelled = self.norms
+        graph.replay()
+        for layer, norm in plain_norms(norms, cancelled).items():
+            norms[layer].copy_(norm)
+        return norms
 
     def take_gradients(self) -> None:
         torch._foreach_zero_(self.grads)

@@ -32,6 +32,7 @@ from rows import HERE, METHODS, NAMES, ROOT, append, checkpoint_digest, line, re
 sys.path.insert(0, str(ROOT))
 import torch
 
+import fast
 import rora
 from data import encode_records, load_examples, split_validation
 from llama import load_llama
@@ -42,6 +43,7 @@ from plumbing.flags import DTYPES, exit_code, find_checkpoint, find_device, find
 LR = 2e-4
 ALPHA = 64
 DROPOUT = 0.05
+MAX_LEN = 256
 WINDOW = 20  # steps that a curve of training losses is averaged over
 
 
@@ -62,7 +64,8 @@ def plan(ranks: list[int]) -> list[tuple[str, int, float]]:
 def condition(row: dict) -> tuple:
     """What must be equal for two runs to be compared."""
     settings = row["settings"]
-    return (row["base"], row["records"], *(settings[k] for k in ("steps", "batch", "val", "seed")))
+    same = (row[k] for k in ("base", "records", "dtype", "device"))
+    return *same, *(settings[k] for k in ("steps", "batch", "val", "seed"))
 
 
 def job_of(row: dict) -> tuple[str, int, float]:
@@ -81,9 +84,12 @@ def run(model, records, held_out, settings: dict) -> dict:
         settings["warmup"],
         settings["seed"],
     )
-    optimizer = rora.new_optimizer(model, settings["lr"])
+    optimizer, backward = rora.new_optimizer(model, settings["lr"]), rora.backward
+    if not fast.Graphs.refusal(model, 0):  # on a GPU so small a model waits for its host
+        most = sum(sorted(len(r.ids) for r in records)[-settings["batch"] :])
+        backward = fast.Graphs(model, settings["batch"], most, MAX_LEN).backward
     began, losses = time.perf_counter(), []
-    for step in rora.train(model, records, recipe, optimizer):
+    for step in rora.train(model, records, recipe, optimizer, backward=backward):
         losses.append(round(step.loss, 4))
         if step.number % 10 == 0:
             seconds = time.perf_counter() - began
@@ -183,18 +189,17 @@ def make_runs(args, base: dict, todo: list, began: float) -> None:
     examples = load_examples(args.records)
     every, held_out = split_validation(examples, args.val_size)
     tokenizer = find_tokenizer(args.ckpt)
-    records, held_out = (encode_records(part, tokenizer, 256)[0] for part in (every, held_out))
+    records, held_out = (encode_records(part, tokenizer, MAX_LEN)[0] for part in (every, held_out))
     dtype = find_dtype(None, args.ckpt, device)
     steps = args.steps or (
         200 if device.type == "cpu" else math.ceil(len(records) / args.batch_size)
     )
     settings = {"steps": steps, "warmup": min(100, steps // 10), "batch": args.batch_size}
     settings |= {"val": args.val_size, "seed": args.seed}
-    done = {
-        job_of(r)
-        for r in read(args.results)
-        if condition(r) == condition(base | {"settings": settings})
-    }
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    base = base | {"dtype": dtype, "device": name}
+    these = condition(base | {"settings": settings})
+    done = {job_of(r) for r in read(args.results) if condition(r) == these}
     todo = [job for job in todo if job not in done]
     print(
         f"{len(done)} runs are done, {len(todo)} to do; {steps} steps each, {dtype} on {device}",
@@ -210,14 +215,11 @@ def make_runs(args, base: dict, todo: list, began: float) -> None:
         model = load_llama(find_checkpoint(args.ckpt), device, DTYPES[dtype])
         facts = {"parameters": sum(p.numel() for p in model.parameters())}
         before = before or rora.validation_loss(model, held_out, args.batch_size)
-        facts |= {
-            "before": before,
-            "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
-        }
+        facts["before"] = before
         print(f"{i}/{len(todo)} {NAMES[method]} r = {rank} lr {lr:g}", flush=True)
         job = {"method": method, "rank": rank, "lr": lr} | settings
         row = run(model, records, held_out, job)
-        append(args.results, base | {"settings": job, "dtype": dtype} | facts | row)
+        append(args.results, base | {"settings": job} | facts | row)
         print(f"  held-out loss {row['val_loss']}, {before:.4f} before", flush=True)
         longest = max(longest, time.perf_counter() - start)
 

@@ -109,7 +109,9 @@ def test_the_one_kernel_norm_is_the_formula(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rope_on_a_gpu_and_its_gradient_are_the_formula_s(dtype):
     x = torch.randn(50, 4, 64, device="cuda").to(dtype).requires_grad_()
-    cos, sin = rope_tables(torch.arange(50, device="cuda"), 64, 1e4)
+    cos, sin = rope_tables(
+        torch.arange(50, device="cuda"), 1e4 ** -(torch.arange(0, 64, 2).cuda() / 64)
+    )
     y, d = apply_rope(x, cos, sin, dtype), torch.randn(50, 4, 64, device="cuda").to(dtype)
     (gradient,) = torch.autograd.grad(y, x, d)
     x64 = x.detach().double().requires_grad_()
