@@ -259,7 +259,7 @@ class Graphs:
     rows, tokens: the most in a micro-batch. longest: the most tokens in a record.
     """
 
-    def __init__(self, model: Llama, rows: int, tokens: int, longest: int, step: int = 128):
+    def __init__(self, model: Llama, rows: int, tokens: int, longest: int, step: int = 16):
         self.model, self.rows, self.step = model.train(), rows, step
         self.longest = max(longest, step)
         self.recorded: dict[int, tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
