@@ -507,20 +507,19 @@ def report(lines: list[dict]) -> str:
         "Floor: the frozen weights' products alone, forward and to the input, for as many tokens. "
         "Product: 4 FLOPs for each frozen weight that multiplies and each token, of the rate above."
     ]
-    floors = {
-        r["records"]: r["tok_s"] for r in lines if r["name"].startswith("floor") and "ms" in r
-    }
+    floors = [r for r in lines if r["name"].startswith("floor") and "ms" in r]
     for name, shape in dict.fromkeys((r["section"], r.get("shape")) for r in lines):
         if name == "machine":
             continue
-        rows = []
+        rows, beside = [], lambda r: r["section"] != name  # the section's own before the others'
+        rate = min((r for r in lines if "flops" in r), key=beside, default=facts)
         for r in (r for r in lines if (r["section"], r.get("shape")) == (name, shape)):
             if "error" in r:
                 rows.append([r["name"], r["error"], "–", "–", "–", "–"])
             elif "tok_s" in r:
-                share = 4 * facts["weights"] * r["tok_s"] / facts["flops"] if facts else 0
-                near = min(floors, key=lambda n: abs(n - r["records"]), default=None)
-                floor = r["tok_s"] / floors[near] if near else 0
+                share = 4 * rate["weights"] * r["tok_s"] / rate["flops"] if rate else 0
+                near = lambda f: (abs(f["records"] - r["records"]), beside(f))
+                floor = r["tok_s"] / min(floors, key=near)["tok_s"] if floors else 0
                 gb = f"{r['peak_gb']}" if r.get("peak_gb") else "–"
                 gb += f" ({r['plan_gb']})" if r.get("plan_gb") else ""
                 spread = f" ({r['least']:,}–{r['most']:,})" if "least" in r else ""

@@ -3,6 +3,8 @@ DoRA.
 
     python lessons/real_model.py --ckpt smollm2-135m                all runs: 200 steps each on a
                                                                     CPU, one epoch each on a GPU
+    python lessons/real_model.py --ckpt smollm2-135m --steps 200 --jobs 4    as they were made, on a
+                                                                    GPU: five minutes
     python lessons/real_model.py --ckpt smollm2-135m --minutes 30   as many as fit
     python lessons/real_model.py --ckpt smollm2-135m --dry-run      a list of them, in their order
 
@@ -169,6 +171,9 @@ def draw(plt, found: list[dict]):
                 ax.plot(*zip(*points), **LOOK[method])
         ax.set(title=f"r = {rank}", xlabel="lr·s·√r/α", xscale="log", ylabel="held-out loss")
         ax.minorticks_off()  # their labels would lie on one another
+        low, high = ax.get_xlim()
+        ax.set_xticks([x for x in (LR / 8, LR / 2, LR, 2 * LR, 4 * LR) if low < x < high])
+        ax.xaxis.set_major_formatter("{x:g}")
     s, last = found[-1]["settings"], found[-1]
     text = (
         f"{last['ckpt']}, {last['parameters']:,} parameters, on {last['device']}; {s['steps']} "

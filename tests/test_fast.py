@@ -1,5 +1,7 @@
 """Each faster way beside the plain one that it equals; tests/test_gpu.py has those of a GPU."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -60,6 +62,61 @@ def test_a_micro_batch_filled_up_to_a_round_size_has_the_same_loss_and_gradients
     assert torch.allclose(loss, there, rtol=1e-6)
     for a, b in zip(grads, theirs):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_tensors_cast_together_are_cast_as_each_by_itself_and_so_are_their_gradients():
+    together = [torch.randn(n, 3, requires_grad=True) for n in (2, 5, 4)]
+    apart = [x.detach().clone().requires_grad_() for x in together]
+    for xs, casts in (
+        (together, fast.Casts.apply(torch.bfloat16, *together)),
+        (apart, [x.to(torch.bfloat16) for x in apart]),
+    ):
+        for _ in range(2):  # backwards twice: gradients add up in fp32
+            (casts[0].square().sum() + 3 * casts[2].square().sum()).backward(retain_graph=True)
+        assert all(y.dtype == torch.bfloat16 for y in casts) and xs[1].grad is None
+    for x, plain in zip(together[::2], apart[::2]):
+        assert x.grad.dtype == torch.float32 and torch.equal(x.grad, plain.grad)
+
+
+def test_recorded_norms_are_computed_anew_at_each_step_in_the_place_where_they_are_read(
+    monkeypatch,
+):
+    """A recording on a GPU, as far as a CPU can tell: the same work, into the same places."""
+    compute, places = fast.norms_and_doubts, []
+
+    class Graph:
+        def replay(self):
+            (norms, doubts), (now, doubts_now) = places[-1], compute(model)
+            for layer in norms:
+                norms[layer].copy_(now[layer])
+            doubts.copy_(doubts_now)
+
+    def recorded(model):
+        places.append(compute(model))
+        return places[-1]
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(fast, "alike", by_shape)
+    torch.manual_seed(0)
+    model = Llama(SMALL)
+    rora.attach(model, "dora", 4)
+    graphs = object.__new__(fast.Graphs)
+    graphs.model, graphs.pool, graphs.norms = model, None, None
+    fast.factored_norms(model)
+    monkeypatch.setattr(fast, "norms_and_doubts", recorded)
+    first = graphs.norms_now()
+    shake(model)
+    layer = next(iter(first))
+    with torch.no_grad():  # a row that cancels, which is computed plainly
+        layer.lora_A.zero_()
+        layer.lora_B.zero_()
+        layer.lora_A[0] = layer.base.weight[0] / layer.scaling
+        layer.lora_B[0, 0] = -1 + 1e-5
+    now = graphs.norms_now()
+    assert all(now[layer] is norm for layer, norm in first.items())
+    assert torch.equal(now[layer], layer.norm())
+    assert all(torch.allclose(norm, layer.norm(), rtol=1e-5) for layer, norm in now.items())
 
 
 def test_dora_s_norms_are_computed_anew_when_the_base_moves_elsewhere():
