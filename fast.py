@@ -54,10 +54,10 @@ def held_norms(norms: dict[DoRALinear, Tensor]) -> Iterator[None]:
 @contextmanager
 def held_casts(model: nn.Module) -> Iterator[None]:
     layers: list[LoRALinear] = layers_with(model, "held")
-    dtypes = {layer.base.weight.dtype for layer in layers}
-    for dtype in dtypes - {torch.float32}:
+    for dtype in {layer.base.weight.dtype for layer in layers}:
         these = [layer for layer in layers if layer.base.weight.dtype == dtype]
-        casts = iter(Casts.apply(dtype, *[x for m in these for x in (m.lora_A, m.lora_B)]))
+        tensors = [x for layer in these for x in (layer.lora_A, layer.lora_B)]
+        casts = iter(tensors if dtype == torch.float32 else Casts.apply(dtype, *tensors))
         for layer, held in zip(these, zip(casts, casts)):
             layer.held = held
     try:
@@ -281,9 +281,11 @@ class Graphs:
     @staticmethod
     def refusal(model: Llama, recomputed: int) -> str | None:
         """Why this model's steps cannot be recorded, or None."""
+        from llama import can_vary  # not above: llama.py imports this file
+
         weight = model.lm_head.weight
-        if not weight.is_cuda or weight.dtype == torch.float32:
-            return "they are for a GPU, in bf16"
+        if not can_vary(weight):  # other attention is cut to its batch's lengths
+            return "they are for a GPU, in bf16, with torch 2.10 or later"
         if weight.requires_grad or model.prefix_len:
             return "they cover no prefix, and no head that trains"
         return "they cover no recomputed blocks" if recomputed else None

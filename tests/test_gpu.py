@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import fast
+import llama
 import rora
 from conftest import shake
 from data import Record, collate
@@ -211,11 +212,13 @@ def test_dropout_differs_from_replay_to_replay():
     assert len(losses) == 4
 
 
-def test_what_graphs_do_not_cover_is_refused_with_a_reason():
+def test_what_graphs_do_not_cover_is_refused_with_a_reason(monkeypatch):
     assert "prefix" in fast.Graphs.refusal(in_bf16(a_model("prefix")), 0)
     assert "recomputed" in fast.Graphs.refusal(in_bf16(a_model("rora")), 2)
     assert "bf16" in fast.Graphs.refusal(a_model("rora").cuda(), 0)
     assert fast.Graphs.refusal(in_bf16(a_model("rora")), 0) is None
+    monkeypatch.setattr(llama, "varlen_attn", None)  # as in an older torch
+    assert "torch 2.10" in fast.Graphs.refusal(in_bf16(a_model("rora")), 0)
 
 
 # --- answering ------------------------------------------------------------------------------------
