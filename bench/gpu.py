@@ -500,12 +500,13 @@ def report(lines: list[dict]) -> str:
     facts = next((r for r in lines if "flops" in r), {})
     m = next((r for r in lines if r["section"] == "machine"), {})
     parts = [
-        f"# {facts.get('device', 'unknown')}\n\n{facts.get('flops', 0) / 1e12:,.1f} TFLOP/s in a "
-        f"square bf16 product. {m.get('date')}, commit {m.get('commit') or '–'}, Python "
-        f"{m.get('python')}, torch {m.get('torch')}, transformers {m.get('transformers')}, PEFT "
-        f"{m.get('peft')}. Random weights, real records; real tokens: padding is not counted.\n\n"
+        f"# {facts.get('device', 'unknown')}\n\n{m.get('date')}, commit {m.get('commit') or '–'}, "
+        f"Python {m.get('python')}, torch {m.get('torch')}, transformers {m.get('transformers')}, "
+        f"PEFT {m.get('peft')}. Random weights, real records; real tokens: padding is not "
+        "counted.\n\n"
         "Floor: the frozen weights' products alone, forward and to the input, for as many tokens. "
-        "Product: 4 FLOPs for each frozen weight that multiplies and each token, of the rate above."
+        "Product: 4 FLOPs for each frozen weight that multiplies and each token, of the square "
+        "product's rate. Both are the section's own where it has them, else the first."
     ]
     floors = [r for r in lines if r["name"].startswith("floor") and "ms" in r]
     for name, shape in dict.fromkeys((r["section"], r.get("shape")) for r in lines):
@@ -530,6 +531,10 @@ def report(lines: list[dict]) -> str:
             elif "q_s" in r:
                 cells = [f"{r['q_s']} questions/s", f"{r['minutes']} min for {QUESTIONS:,}"]
                 rows.append([r["name"], *cells, "–", "–", r.get("peak_gb") or "–"])
+            elif "flops" in r:
+                rows.append([r["name"], f"{r['flops'] / 1e12:,.0f} TFLOP/s", "–", "–", "–", "–"])
+            elif "us" in r:
+                rows.append([r["name"], f"{r['us']:,.0f} µs", "–", "–", "–", "–"])
             elif "seconds" in r:
                 rows.append([r["name"], f"{r['seconds']} s", "–", "–", "–", "–"])
         head = [f"{shape}, {name}", "tokens/s", "ms a step", "of the floor", "of the product"]

@@ -3,8 +3,6 @@ DoRA.
 
     python lessons/real_model.py --ckpt smollm2-135m                all runs: 200 steps each on a
                                                                     CPU, one epoch each on a GPU
-    python lessons/real_model.py --ckpt smollm2-135m --steps 200 --jobs 4    as they were made, on a
-                                                                    GPU: five minutes
     python lessons/real_model.py --ckpt smollm2-135m --minutes 30   as many as fit
     python lessons/real_model.py --ckpt smollm2-135m --dry-run      a list of them, in their order
 
