@@ -99,22 +99,12 @@ def layers_with(model: nn.Module, name: str) -> list:
 
 @torch.no_grad()
 def factored_norms(model: nn.Module) -> dict[DoRALinear, Tensor]:
-    """Every DoRA layer's norm(), without forming V = W + s B A."""
-    norms, cancelled = norms_and_doubts(model)
-    return norms | plain_norms(norms, cancelled)
+    """Every DoRA layer's norm(), without forming V = W + s B A:
 
-
-def plain_norms(norms: dict[DoRALinear, Tensor], cancelled: Tensor) -> dict[DoRALinear, Tensor]:
-    """norm() of those that are not to be trusted. The one wait for the device."""
-    return {layer: layer.norm() for layer, bad in zip(norms, cancelled.tolist()) if bad}
-
-
-@torch.no_grad()
-def norms_and_doubts(model: nn.Module) -> tuple[dict[DoRALinear, Tensor], Tensor]:
-    """‖V‖² = ‖W‖² + 2 s Σ (W Aᵀ) ∘ B + s² Σ (B A Aᵀ) ∘ B, with ‖W‖² computed once: r/O of the work.
+    ‖V‖² = ‖W‖² + 2 s Σ (W Aᵀ) ∘ B + s² Σ (B A Aᵀ) ∘ B, with ‖W‖² computed once: r/O of the work.
 
     The error is of the size of the largest term times the precision of W Aᵀ. Where the terms
-    cancel, it shows: such a layer, True in the second part, is to be computed as in rora.py.
+    cancel, it shows: such a layer is computed as it stands in rora.py.
     """
     norms: dict[DoRALinear, Tensor] = {}
     cancelled = []
@@ -124,7 +114,10 @@ def norms_and_doubts(model: nn.Module) -> tuple[dict[DoRALinear, Tensor], Tensor
         trusted = 1e-6 if layers[0].base.weight.dtype == torch.float32 else 0.25
         cancelled.append((norm2 < trusted * torch.maximum(base, square)).any(1))
         norms |= zip(layers, norm2.clamp_min(TINY).sqrt())
-    return norms, torch.cat(cancelled) if norms else torch.zeros(0, dtype=torch.bool)
+    bad = torch.cat(cancelled).tolist() if norms else []  # one wait for the device
+    for layer in [layer for layer, one in zip(norms, bad) if one]:
+        norms[layer] = layer.norm()
+    return norms
 
 
 def alike(layers: list[DoRALinear], most: int = 32) -> Iterator[list[DoRALinear]]:
@@ -252,9 +245,8 @@ class Graphs:
 
     A recording is of one size: rows and tokens are filled up, tokens to a multiple of `step` by a
     row of padding that predicts nothing. Everything a recording reads or adds to stays where it is:
-    its inputs, DoRA's norms (a recording of their own), the gradients. The largest comes first, so
-    that the others fit into its memory; where it does not fit, torch.OutOfMemoryError is raised,
-    and nothing is kept.
+    its inputs, DoRA's norms, the gradients. The largest comes first, so that the others fit into
+    its memory; where it does not fit, torch.OutOfMemoryError is raised, and nothing is kept.
 
     rows, tokens: the most in a micro-batch. longest: the most tokens in a record.
     """
@@ -266,13 +258,12 @@ class Graphs:
         self.pool = torch.cuda.graph_pool_handle()
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.grads = [torch.zeros_like(p) for p in self.params]
-        self.has_norms = bool(layers_with(model, "held_norm"))
-        self.norms: tuple[torch.cuda.CUDAGraph, dict[DoRALinear, Tensor], Tensor] | None = None
+        self.norms = factored_norms(model)
         ids, full = torch.zeros(tokens, dtype=torch.long), tokens // longest
         lengths = [longest] * full + [tokens - full * longest] * (full < rows)
         try:
             self.take_gradients()
-            with held_norms(self.norms_now()):
+            with held_norms(self.norms):
                 batch = SimpleNamespace(ids=ids, targets=ids, lengths=lengths)
                 self.record(*self.filled_up(batch, 1))
         finally:
@@ -295,24 +286,12 @@ class Graphs:
         """As rora.backward. `model` and `recomputed` are what this was made for."""
         self.take_gradients()
         filled = [self.filled_up(batch, count) for batch in batches]
-        with held_norms(self.norms_now()):
+        if self.norms:
+            norms = factored_norms(model)
+            torch._foreach_copy_([*self.norms.values()], [norms[layer] for layer in self.norms])
+        with held_norms(self.norms):
             for rows, inputs in filled:
                 yield self.replay(rows, inputs)
-
-    def norms_now(self) -> dict[DoRALinear, Tensor]:
-        """factored_norms(), always in the same place: where the recordings read them."""
-        if not self.has_norms:
-            return {}
-        if self.norms is None:
-            factored_norms(self.model)  # this first time it computes what no step changes
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool):
-                self.norms = graph, *norms_and_doubts(self.model)
-        graph, norms, cancelled = self.norms
-        graph.replay()
-        for layer, norm in plain_norms(norms, cancelled).items():
-            norms[layer].copy_(norm)
-        return norms
 
     def take_gradients(self) -> None:
         torch._foreach_zero_(self.grads)

@@ -1,7 +1,5 @@
 """Each faster way beside the plain one that it equals; tests/test_gpu.py has those of a GPU."""
 
-from contextlib import nullcontext
-
 import pytest
 import torch
 
@@ -42,7 +40,6 @@ def test_a_micro_batch_filled_up_to_a_round_size_has_the_same_loss_and_gradients
 ):
     """What CUDA graphs replay: rows without tokens, and one of padding that predicts nothing."""
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    monkeypatch.setattr(fast.Graphs, "norms_now", lambda g: fast.factored_norms(g.model))
     monkeypatch.setattr(fast.Graphs, "record", lambda *_: None)
     monkeypatch.setattr(fast.Graphs, "replay", lambda g, rows, inputs: g.work(rows, *inputs))
     torch.manual_seed(0)
@@ -96,47 +93,6 @@ def test_casts_held_for_a_step_of_a_bf16_base_change_no_bit_of_a_gradient(recomp
                 (rora.loss_sum(model, batch) / count).backward()
         found.append([p.grad.clone() for p in rora.trainable(model).values()])
     assert all(torch.equal(a, b) for a, b in zip(*found))
-
-
-def test_recorded_norms_are_computed_anew_at_each_step_in_the_place_where_they_are_read(
-    monkeypatch,
-):
-    """A recording on a GPU, as far as a CPU can tell: the same work, into the same places."""
-    compute, places = fast.norms_and_doubts, []
-
-    class Graph:
-        def replay(self):
-            (norms, doubts), (now, doubts_now) = places[-1], compute(model)
-            for layer in norms:
-                norms[layer].copy_(now[layer])
-            doubts.copy_(doubts_now)
-
-    def recorded(model):
-        places.append(compute(model))
-        return places[-1]
-
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: nullcontext())
-    monkeypatch.setattr(fast, "alike", by_shape)
-    torch.manual_seed(0)
-    model = Llama(SMALL)
-    rora.attach(model, "dora", 4)
-    graphs = object.__new__(fast.Graphs)
-    graphs.model, graphs.pool, graphs.norms, graphs.has_norms = model, None, None, True
-    fast.factored_norms(model)
-    monkeypatch.setattr(fast, "norms_and_doubts", recorded)
-    first = graphs.norms_now()
-    shake(model)
-    layer = next(iter(first))
-    with torch.no_grad():  # a row that cancels, which is computed plainly
-        layer.lora_A.zero_()
-        layer.lora_B.zero_()
-        layer.lora_A[0] = layer.base.weight[0] / layer.scaling
-        layer.lora_B[0, 0] = -1 + 1e-5
-    now = graphs.norms_now()
-    assert all(now[layer] is norm for layer, norm in first.items())
-    assert torch.equal(now[layer], layer.norm())
-    assert all(torch.allclose(norm, layer.norm(), rtol=1e-5) for layer, norm in now.items())
 
 
 def test_dora_s_norms_are_computed_anew_when_the_base_moves_elsewhere():
