@@ -300,10 +300,14 @@ def load_examples(path: str | Path, task: str | None = None) -> list[dict]:
         paper = path.name.startswith("commonsense")
         hint = "; ./weights_download.sh data fetches the paper's records" if paper else ""
         raise DataError(f"{path}: no such file{hint}") from None
+    except IsADirectoryError:
+        raise DataError(f"{path}: a folder; name the file of records that is in it") from None
     except OSError as e:
         raise DataError(f"{path}: {e.strerror}") from None
     except UnicodeDecodeError as e:
         raise DataError(f"{path}: not UTF-8 at byte {e.start}") from None
+    if not text.strip():
+        raise DataError(f"{path}: the file is empty")
     examples = parse_lines(path, text) if text.lstrip().startswith("{") else parse(path, text)
     if not isinstance(examples, list) or not examples:
         raise DataError(f"{path}: expected a non-empty JSON list of records, or JSON Lines")

@@ -25,6 +25,7 @@ def evaluate(
     model: Llama, tokenizer, task: str, examples: list[dict], batch_size=32, style="clean"
 ) -> dict:
     """Answer and score one task, in the plainest way. Puts each answer into its example."""
+    model.eval()
     for start in range(0, len(examples), batch_size):
         batch = examples[start : start + batch_size]
         prompts = [encode_question(e, tokenizer, style) for e in batch]

@@ -111,9 +111,9 @@ def factored_norms(model: nn.Module) -> dict[DoRALinear, Tensor]:
     for layers in alike(layers_with(model, "held_norm")):
         base, cross, square = norm_terms(layers)  # (n, O) each, n layers
         norm2 = base + cross + square
-        trusted = 1e-6 if layers[0].base.weight.dtype == torch.float32 else 0.25
+        trusted = 0.01 if layers[0].base.weight.dtype == torch.float32 else 0.25
         cancelled.append((norm2 < trusted * torch.maximum(base, square)).any(1))
-        norms |= zip(layers, norm2.clamp_min(TINY).sqrt())
+        norms |= zip(layers, norm2.clamp_min(0).sqrt().clamp_min(TINY))
     bad = torch.cat(cancelled).tolist() if norms else []  # one wait for the device
     for layer in [layer for layer, one in zip(norms, bad) if one]:
         norms[layer] = layer.norm()

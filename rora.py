@@ -132,13 +132,15 @@ class DoRALinear(LoRALinear):
 
     The norm is a constant to the gradient (DoRA, arXiv 2402.09353, Sec. 4.3). Dropout acts on the
     adapter's branch alone, y = g · (W x + s · B A drop(x)) with g = m / ‖V‖. The original and PEFT
-    also drop inside W x: the same at dropout 0, and a second product with W otherwise.
+    also drop inside W x: the same at dropout 0, and a second product with W otherwise. A bf16 model
+    rounds g as it rounds W x, to steps of .4 to .8%; a merged weight has all of it.
     """
 
     held_norm: Tensor | None = None  # norm() once for a whole step (fast.held)
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0):
         super().__init__(base, rank, alpha, dropout)
+        refuse.bias("DoRA", base)
         self.magnitude = nn.Parameter(self.norm())  # (O,): m = ‖W‖, so that W' = W at the start
 
     def forward(self, x: Tensor) -> Tensor:  # (..., I) -> (..., O)
@@ -146,7 +148,7 @@ class DoRALinear(LoRALinear):
 
     @torch.no_grad()
     def norm(self) -> Tensor:  # (O,), fp32
-        """‖V‖ by row. A row of zeros gets a tiny norm, so that g is 0 and not NaN."""
+        """‖V‖ by row. A row of zeros gets a tiny norm, so that g is a number."""
         if self.held_norm is not None:
             return self.held_norm
         return super().merged_weight().norm(dim=1).clamp_min(fast.TINY)
@@ -245,7 +247,7 @@ class Recipe:
 
     steps: int
     batch_size: int = 16
-    micro_batch_size: int = 16  # records in memory at once; changes no result
+    micro_batch_size: int = 16  # records in memory at once; changes dropout's masks, no more
     lr: float = 2e-4
     warmup: int = 100
     seed: int = 0
@@ -348,12 +350,12 @@ def train_step(
 def validation_loss(model: Llama, records: list[Record], micro_batch_size: int, team=None) -> float:
     """Mean loss per target, without dropout and without drawing a random number."""
     mine = team.share(records) if team else records
+    was_training, total = model.training, 0.0
     model.eval()
-    total = 0.0
     with fast.held(model):
         for i in range(0, len(mine), micro_batch_size):
             total += loss_sum(model, collate(mine[i : i + micro_batch_size])).item()
-    model.train()
+    model.train(was_training)
     if team:
         total = team.total(total, model.lm_head.weight.device)
     return total / targets_in(records)

@@ -100,7 +100,9 @@ def find_adapter(folder: str | Path, ckpt: str | None) -> tuple[Path, str]:
     if not (folder / "adapter_config.json").is_file():
         hint = ""
         if (folder / "run.json").is_file():
-            hint = ": nothing was validated yet; try its newest checkpoints/step-*"
+            steps = run_folder.checkpoints(folder)
+            hint = f"; try {steps[0]}" if steps else ", and no checkpoint to score"
+            hint = f": nothing was validated yet{hint}"
         elif (folder / "config.json").is_file():
             hint = ": a base model is named with --ckpt"
         raise CheckpointError(f"{folder}: no adapter_config.json in it{hint}")
@@ -141,7 +143,11 @@ def read_run(folder: Path) -> dict:
         Settings.from_json(run_json["settings"])
         return run_json
     except FileNotFoundError:
-        raise run_folder.RunError(f"{folder} is not a run folder: it has no run.json") from None
+        run = run_of(folder)
+        hint = f"; {run} is one" if run else ""
+        raise run_folder.RunError(
+            f"{folder} is not a run folder: it has no run.json{hint}"
+        ) from None
     except OSError as e:
         raise run_folder.RunError(f"{folder}/run.json: {e.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as e:
@@ -151,11 +157,14 @@ def read_run(folder: Path) -> dict:
         ) from None
 
 
+RESULTS = "results.json"
+
+
 def read_scores(folder: Path) -> dict | None:
-    """eval/results.json of a run folder, checked; None where nothing was scored. Its "tasks" are
-    empty where what was scored is another adapter than the one that is there."""
-    path = folder / "eval" / "results.json"
-    if not path.is_file():
+    """The results.json of a run folder, or of eval.py's --out, checked; None where there is none.
+    "tasks" is empty where what was scored is another adapter than the one that is there."""
+    path = next((p for p in (folder / "eval" / RESULTS, folder / RESULTS) if p.is_file()), None)
+    if path is None:
         return None
     results = read_json(path)
     try:

@@ -11,7 +11,7 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
@@ -66,7 +66,7 @@ class Settings:
     save_every: int
     seed: int
     dtype: str
-    micro_batch_size: int  # these two change memory and time, not the result beyond rounding
+    micro_batch_size: int  # these two change memory, time and dropout's masks; no more
     checkpoint_blocks: int | str  # all, none, auto, or how many from the first on
 
     @property
@@ -131,11 +131,15 @@ def find_checkpoint(name: str) -> Path:
     for folder in [HERE / "tiny"] if name == "tiny" else [Path(name), Path("checkpoints") / name]:
         if folder.is_dir():
             return folder
-    hint = f"known names: {', '.join(CHECKPOINTS)}"
+    hint, on_hub = f"known names: {', '.join(CHECKPOINTS)}", name.rstrip("/")
     if near := get_close_matches(name, CHECKPOINTS, n=1):
         hint = f"did you mean {near[0]}?"
-    if name in CHECKPOINTS or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+    if name in CHECKPOINTS:
         hint = f"./weights_download.sh {name} fetches it"
+    elif Path(name).is_file():
+        hint = f"{name} is a file: name the folder that it is in"
+    elif re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", on_hub):
+        hint = f"if that is its name on the hub, ./weights_download.sh {on_hub} fetches it"
     places = name if Path(name).is_absolute() else f"{name} or checkpoints/{name}"
     raise CheckpointError(f"no checkpoint folder {places}; {hint}")
 
@@ -169,6 +173,8 @@ def find_device(name: str | None) -> torch.device:
         if device.type not in ("cuda", "cpu", "mps"):
             raise RuntimeError("choose cuda, cpu or mps")
         device = torch.empty(0, device=device).device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # where --graphs records is the current device
     except (RuntimeError, AssertionError) as e:
         raise FlagError(f"--device {name}: {str(e).splitlines()[0]}") from None
     return device
@@ -215,7 +221,15 @@ def positive(text: str) -> float:
 
 
 def blocks(text: str) -> int | str:
-    return text if text in ("auto", "all", "none") else at_least(0)(text)
+    words = ("auto", "all", "none")
+    if text in words or text.isdecimal():
+        return text if text in words else at_least(0)(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is neither {', '.join(words)} nor a whole number")
+
+
+def names(given: Iterable[str]) -> tuple[str, ...]:
+    """q_proj v_proj, or q_proj,v_proj: both are typed."""
+    return tuple(" ".join(given).replace(",", " ").split())
 
 
 DEFAULT_SCALE = "sqrt"
@@ -471,7 +485,7 @@ def resolve(args: argparse.Namespace) -> tuple[Settings, torch.device]:
         rank=given("rank", named.rank),
         alpha=given("alpha", row.alpha) if scaled else None,
         dropout=given("dropout", named.dropout or 0.0),
-        targets=tuple(",".join(given("targets", named.layer.targets)).replace(",", " ").split()),
+        targets=names(given("targets", named.layer.targets)),
         loss=given("loss", row.loss),
         prompt=given("prompt", "clean"),
         max_len=given("max_len", 256),

@@ -72,7 +72,9 @@ def read_config(path: str | Path) -> dict:
     if hf.get("hidden_act") != "swish":  # silu's other name
         take.only("hidden_act", hf.get("hidden_act", "silu"), "silu")
     take.only("quantization_config", hf.get("quantization_config"), None)
-    take.only("head_dim", hf.get("head_dim") or dim // n_heads, dim / n_heads)
+    if dim % n_heads:
+        raise take.bad(f'"hidden_size" is {dim}, no multiple of "num_attention_heads", {n_heads}')
+    take.only("head_dim", hf.get("head_dim") or dim // n_heads, dim // n_heads)
     facts = {
         "dim": dim,
         "n_layers": take.number("num_hidden_layers", most=1000),

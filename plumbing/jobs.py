@@ -60,6 +60,7 @@ from plumbing.flags import (
     find_checkpoint,
     find_data,
     find_device,
+    names,
     naming_memory,
     resolve,
     short_name,
@@ -144,7 +145,9 @@ def read_records(settings: Settings, tokenizer, trial: Llama) -> tuple[list[Reco
     if path.exists() and not path.is_file() and not path.is_dir():
         raise DataError(f"{path} can be read only once, and --resume reads it again: give a file")
     examples = load_examples(path)
-    train, _ = split_validation(examples, settings.val_size)  # refuses one that is too large
+    train, held_out = split_validation(examples, settings.val_size)  # refuses too many
+    if len(held_out) > len(train):
+        print(f"note: more records are held out than trained on, {len(train)}; see --val-size")
     if min(settings.batch_size, len(train)) < processes.world():
         raise FlagError(
             f"{processes.world()} processes, but a batch of {settings.batch_size} of {len(train)} "
@@ -337,8 +340,8 @@ def resume(args: argparse.Namespace) -> int:
                     f"{what} is not what {folder} was started with; put the original back, say "
                     f"with {flag} where it is now, or start a new run"
                 )
-        moved = {name: getattr(settings, name) for name in sorted(MAY_MOVE)}
-        run_json["settings"] |= moved  # where they are now, for scoring and merging
+        now_set = {name: getattr(settings, name) for name in sorted(MAY_MOVE | MAY_CHANGE)}
+        run_json["settings"] |= now_set  # where things are now, for scoring and merging
         print(f"resuming {newest}")
         processes.wait()
         if processes.first():  # the places of the damaged are needed: these steps come again
@@ -350,16 +353,17 @@ def resume(args: argparse.Namespace) -> int:
 def changed(folder: Path, settings: Settings, args: argparse.Namespace) -> Settings:
     """The run's settings with what flags may change. Raises FlagError for what they may not."""
     changes = {}
+    was = lambda x: "not given" if x is None else " ".join(x) if isinstance(x, tuple) else x
     for f in fields(Settings):
         value = getattr(args, f.name, None)
-        value = tuple(value) if isinstance(value, list) else value
+        value = names(value) if isinstance(value, list) else value
         if value is not None and value != getattr(settings, f.name):
             changes[f.name] = value
     if refused := {
         name: value for name, value in changes.items() if name not in MAY_CHANGE | MAY_MOVE
     }:
         other = ", ".join(
-            f"--{name.replace('_', '-')} {getattr(settings, name)} (now {value})"
+            f"--{name.replace('_', '-')} {was(getattr(settings, name))} (now {was(value)})"
             for name, value in refused.items()
         )
         raise FlagError(
@@ -558,7 +562,7 @@ def check(args: argparse.Namespace) -> int:
     if device.type != "cuda":
         own = f"{idle / 1e9:.1f} of Python and torch"
         taken += f" beside the {own}, the gaps between tensors included"
-    hours = steps * settings.batch_size / len(records) * tokens / speed / 3600
+    hours = steps / math.ceil(len(records) / settings.batch_size) * tokens / speed / 3600
     long = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
     print(
         f"measured: {speed:,.0f} tokens/s over {len(batches)} steps, {taken}; the run would take "

@@ -29,6 +29,8 @@ def bad_settings(methods: Mapping, scales: Mapping, method, rank, alpha, targets
         raise ValueError(f"method {method} does not take scale {scale}{advice}")
     if row.layer.scale and not (alpha and 0 < alpha < MOST_ALPHA):
         raise ValueError(f"alpha must be positive and below {MOST_ALPHA:g}, got {alpha}")
+    if targets is not None and not list(targets):
+        raise ValueError("no layer is named to adapt")
     if targets and not row.layer.any_target and set(targets) != set(row.layer.targets):
         raise ValueError(
             f"{method} sits on {some(row.layer.targets)} alone, not on {some(targets)}"
@@ -52,6 +54,11 @@ def missing_targets(method: str, targets: Iterable[str], known: set[str]) -> Non
             f"no layer to put {method} on is called {some(missing)}; "
             f"choose from {', '.join(sorted(known))}"
         )
+
+
+def bias(method: str, base) -> None:
+    if base.bias is not None:
+        raise ValueError(f"{method} on a layer with a bias is not defined here; bias=False")
 
 
 def unmergeable(methods: Mapping, method: str) -> None:

@@ -20,7 +20,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 MANIFEST = "MANIFEST.json"
@@ -263,15 +263,26 @@ def stop_signals(alone: bool = True) -> Iterator[list[int]]:
     number. The same signal again ends at once; another one is another way to ask: a dropped ssh
     brings SIGHUP and SIGTERM, Slurm's warning is SIGUSR1, and SIGTERM follows.
 
+    The first time, stderr says what will happen, since a step or a validation can take a minute.
+
     alone: False under torchrun, which hands on to its processes what they have already got.
     A signal of came_before was to end the program, but was swallowed: it stops at the first step.
     """
     received = list(came_before)
 
     def note(number, frame):
+        name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
         if alone and 128 + number in received:
+            tell(f"{name} again: ended at once, nothing more was saved")
             os._exit(128 + number)
+        if alone:
+            end = f"{name} again ends at once and saves nothing"
+            tell(f"{name}: stops when this step, validation or batch is done; {end}")
         received.append(128 + number)
+
+    def tell(text: str) -> None:  # not print, which may be what the signal interrupted
+        with suppress(OSError):  # a terminal that is gone
+            os.write(2, f"\n{text}\n".encode())
 
     before = {}
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):

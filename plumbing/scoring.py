@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
@@ -49,6 +49,7 @@ from plumbing.flags import (
     find_data,
     find_device,
     find_dtype,
+    names,
     naming_memory,
     row_of,
     short_name,
@@ -210,7 +211,7 @@ def read_generations(file: Path) -> dict[int, str]:
         try:
             # without its end, the next answer would be written on behind it
             row = json.loads(line if line.endswith("\n") else "")
-            found[row["number"] - 1] = row["generation"]
+            found[row["number"] - 1] = row["generation"] + ""  # text, or it is damaged
         except (ValueError, KeyError, TypeError, RecursionError):
             if processes.first():
                 run_folder.write_text(file, "".join(lines[:n]))
@@ -392,8 +393,11 @@ def build_parser() -> Parser:
     return parser
 
 
-def find_tests(folder: str, tasks: list[str] | None, limit: int | None) -> dict[str, list[dict]]:
+def find_tests(
+    folder: str, tasks: Sequence[str] | None, limit: int | None
+) -> dict[str, list[dict]]:
     """{task: its first `limit` questions}. Raises DataError or FlagError."""
+    tasks = names(tasks) if tasks else None
     if unknown := set(tasks or ()) - TASKS.keys():
         raise FlagError(f"unknown task {min(unknown)}; choose from {', '.join(TASKS)}")
     if not Path(folder).is_dir():
@@ -511,6 +515,7 @@ def score(args: argparse.Namespace) -> int:
             run_folder.remove_debris(out)
             run_folder.write_json(out / "settings.json", check_same(out, identity))
             results |= scored_before(out, args.limit) | identity
+            fuller = fuller_scores(out, args.limit)
         processes.wait()
         try:
             for task, examples in tests.items():
@@ -518,14 +523,18 @@ def score(args: argparse.Namespace) -> int:
                 answer_questions(model, tokenizer, task, examples, file, batches, asked.style, stop)
                 if processes.first():
                     count_answers(task, examples, read_generations(file), results)
-                    run_folder.write_json(out / "results.json", results)
+                    if not fuller:
+                        run_folder.write_json(out / "results.json", results)
         except run_folder.Stopped as e:
             print("stopped; finished answers are kept; to go on: the same command again")
             return e.code
         if processes.first():
-            table = judge.task_table(results["tasks"])
-            run_folder.write_text(out / "results.md", f"{title}\n\n{table}\n")
-            show(tests, table, title, out)
+            table, saved = judge.task_table(results["tasks"]), f"saved {out}/results.json"
+            if fuller:
+                saved = f"not saved: {out}/results.json has the scores of {fuller}"
+            else:
+                run_folder.write_text(out / "results.md", f"{title}\n\n{table}\n")
+            show(tests, table, f"{title}\n{saved}")
     return 0
 
 
@@ -536,6 +545,17 @@ def scored_before(out: Path, limit: int | None) -> dict:
     if before.get("limit") != limit:
         return {}
     return {k: v for k, v in before.items() if k == "tasks" or k.endswith("_sha256")}
+
+
+def fuller_scores(out: Path, limit: int | None) -> str | None:
+    """How many questions this folder's scores are of, where that is more than `limit`."""
+    path = out / "results.json"
+    before = read_json(path) if limit and path.is_file() else {}
+    if not before.get("tasks"):
+        return None
+    if (most := before.get("limit")) is None:
+        return "all questions"
+    return f"{most} questions a task" if isinstance(most, int) and most > limit else None
 
 
 def count_answers(task: str, examples: list[dict], said: dict[int, str], results: dict) -> None:
@@ -559,13 +579,13 @@ def title_of(asked: Asked, merged: bool) -> str:
     return f"{what}: {DECODE}, {asked.style} prompt, {asked.dtype}, {how}"
 
 
-def show(tests: dict[str, list[dict]], table: str, title: str, out: Path) -> None:
+def show(tests: dict[str, list[dict]], table: str, below: str) -> None:
     shown: list[str] = []
     for good in (True, False):
         found = [judge.show_answer(task, examples, good) for task, examples in tests.items()]
         shown += [text for text in found if text][:2]
     print("\n\n".join([*shown, table]))
-    print(f"\n{title}\nsaved {out}/results.json; ± is one binomial standard error")
+    print(f"\n{below}; ± is one binomial standard error")
 
 
 def check_same(out: Path, identity: dict) -> dict:
@@ -575,17 +595,25 @@ def check_same(out: Path, identity: dict) -> dict:
     before = read_json(path) if path.exists() else {}
     if before:
         before.setdefault("exact", False)  # not asked for before there was --exact
-    advice = "move or delete it to score anew"
+    advice = "choose another --out, or move or delete it to score anew"
     if not before and any(out.glob("*.jsonl")):
         raise run_folder.RunError(f"{out} holds answers of unknown origin; {advice}")
     if changed := [key for key in identity if identity[key] != before.get(key, identity[key])]:
-        what = ", ".join(f"{key} {before.get(key)}" for key in changed)
-        if changed[0] == "adapter_sha256":
-            what = "another adapter"
-        if changed[0] == "exact":
-            what = "answers " + ("without" if identity["exact"] else "with") + " --exact"
-        raise run_folder.RunError(f"{out} holds scores of {what}; {advice}")
+        what = other_words(changed, before)
+        raise run_folder.RunError(f"{out} holds scores {what}; {advice}")
     return before | identity
+
+
+def other_words(changed: list[str], before: dict) -> str:
+    """What these keys of settings.json, which are not as they were, mean to a user."""
+    files = [key.removesuffix("_sha256") for key in changed if key.endswith("_sha256")]
+    if files and files[0] not in TASKS:
+        return f"of another {files[0]}"  # adapter, base, tokenizer
+    if files:
+        return f"of another test file for {', '.join(files)}"
+    if changed[0] == "exact":
+        return ("with" if before["exact"] else "without") + " --exact"
+    return "with " + ", ".join(f"{key} {before.get(key)}" for key in changed)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -91,6 +91,11 @@ def follow(
         return run.state
 
 
+def may_help(settings: Settings) -> str:
+    fp32 = "" if settings.dtype == "fp32" else ", or --dtype fp32,"
+    return f"A smaller --lr or --alpha{fp32} may help"
+
+
 def next_step(updates, number: int, settings: Settings) -> rora.Step:
     """The next of rora.train's updates; what goes wrong in it is told with its number."""
     try:
@@ -98,8 +103,8 @@ def next_step(updates, number: int, settings: Settings) -> rora.Step:
             return next(updates)
     except NonFiniteError as e:
         raise NonFiniteError(
-            f"step {number}: {e} of {settings.data}; the weights are untouched. A smaller --lr or "
-            "--alpha, or --dtype fp32, may help"
+            f"step {number}: {e} of {settings.data}; the weights are untouched. "
+            + may_help(settings)
         ) from None
 
 
@@ -223,8 +228,8 @@ class Run:
             )
         if not math.isfinite(value):
             raise NonFiniteError(
-                f"step {number}: validation loss {value}; this step was not saved. A smaller --lr "
-                "or --alpha, or --dtype fp32, may help"
+                f"step {number}: validation loss {value}; this step was not saved. "
+                + may_help(self.settings)
             )
         if self.metrics:
             self.metrics.write(step=number, val_loss=value)

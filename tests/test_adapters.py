@@ -5,6 +5,7 @@ What every method promises is in test_methods.py.
 
 import copy
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -109,6 +110,39 @@ def test_dora_stays_finite_where_a_row_is_zero_or_cancels():
     with fast.held(layer):
         assert torch.allclose(layer.norm(), norm, rtol=1e-5)
         assert torch.allclose(layer(x), plain, rtol=1e-4, atol=1e-5)
+
+
+def test_doras_row_of_zeros_learns_the_same_with_the_faster_norm():
+    gradients = []
+    for faster in (nullcontext, lambda: fast.held(layer)):
+        layer, x = layer_of(DoRALinear), torch.randn(5, 24)
+        with torch.no_grad():
+            layer.base.weight[0] = 0
+            layer.lora_B[0] = 0
+            layer.magnitude.copy_(layer.norm())  # as at the start
+        with faster():
+            layer(torch.ones_like(x)).sum().backward()
+        gradients.append(layer.lora_B.grad)
+    assert gradients[0][0].abs().max() > 0.1
+    assert torch.allclose(*gradients, rtol=1e-5)
+
+
+@pytest.mark.parametrize("left", [1e-3, 0.01, 0.03, 0.05, 0.2])
+@torch.no_grad()
+def test_where_doras_terms_cancel_the_faster_norm_is_still_exact(left):
+    """B A = -(1 - left) W: what is left of ‖W‖² is left²."""
+    torch.manual_seed(0)
+    layer = DoRALinear(nn.Linear(1024, 64, bias=False), 64, 64)
+    layer.lora_A.copy_(layer.base.weight)
+    layer.lora_B.copy_(-(1 - left) * torch.eye(64))
+    exact = (layer.base.weight.double() + layer.lora_B.double() @ layer.lora_A.double()).norm(dim=1)
+    with fast.held(layer):
+        assert ((layer.norm() - exact) / exact).abs().max() < 1e-4
+
+
+def test_dora_on_a_layer_with_a_bias_is_refused():
+    with pytest.raises(ValueError, match="bias"):
+        DoRALinear(nn.Linear(8, 8), rank=2, alpha=4)
 
 
 def test_merging_rounds_once(tiny):

@@ -262,7 +262,7 @@ def test_transformers_4_and_5_spell_the_same_facts_differently(tmp_path):
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "factor"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"head_dim": 20}, "head_dim"),
-        ({"num_attention_heads": 5}, "head_dim"),
+        ({"num_attention_heads": 5}, "no multiple"),
         ({"num_key_value_heads": 3}, "multiple"),
         ({"model_type": "mistral"}, "model_type"),
         ({"hidden_size": "absent"}, "hidden_size"),

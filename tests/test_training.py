@@ -143,6 +143,9 @@ def test_validation_draws_no_random_numbers_drops_nothing_out_and_leaves_the_mod
     state = torch.get_rng_state()
     in_twos = validation_loss(tiny, RECORDS, 2)
     assert validation_loss(tiny, RECORDS, 5) == pytest.approx(in_twos, rel=1e-5)
+    for mode in (False, True):
+        validation_loss(tiny.train(mode), RECORDS, 2)
+        assert tiny.training == mode  # as it was
     assert torch.equal(torch.get_rng_state(), state)
     assert tiny.training
 

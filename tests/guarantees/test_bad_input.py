@@ -196,7 +196,7 @@ def test_code_in_a_pickle_is_never_executed(world, what, content):
         ("num_hidden_layers", 10**8, "out of range"),
         ("vocab_size", -5, "out of range"),
         ("num_attention_heads", 0, "out of range"),
-        ("num_attention_heads", 3, "head_dim"),
+        ("num_attention_heads", 3, 'no multiple of "num_attention_heads", 3'),
         ("hidden_size", "32", "expected a number"),
         ("intermediate_size", 48.5, "expected a whole number"),
         ("rms_norm_eps", float("nan"), "out of range"),
@@ -276,7 +276,8 @@ GOOD = {
 @pytest.mark.parametrize(
     "content, said",
     [
-        (b"", "not valid JSON"),
+        (b"", "the file is empty"),
+        (b"\n \n", "the file is empty"),
         (b"{", "not valid JSON"),
         (b"{}", 'record 1: no "instruction"'),
         (b"[]", "non-empty JSON list"),
@@ -314,7 +315,7 @@ def test_records_that_are_all_too_long_and_too_large_a_validation_are_refused(wo
     refused(train(world, max_len=20), 3, "longer than --max-len 20")
     refused(train(world, val_size=14), 3, "--val-size 14", "14 records")
     refused(train(world, data="nowhere.json"), 3, "nowhere.json", "no such file")
-    refused(train(world, data="tests"), 3, "tests", "directory")
+    refused(train(world, data="tests"), 3, "tests: a folder; name the file")
 
 
 def test_an_answer_that_its_task_does_not_allow_is_refused(world):
@@ -440,6 +441,8 @@ def test_an_adapter_replaced_while_the_base_is_read_is_not_scored_under_the_old_
         ("--method series --targets q_proj", "--targets has no effect"),
         ("--epochs 2 --max-steps 3", "--max-steps replaces --epochs"),
         ("--targets lm_head", "lm_head"),
+        ("--targets ,", "no layer is named"),
+        ("--checkpoint-blocks some", "neither auto, all, none nor a whole number"),
         ("--checkpoint-blocks 9", "2 blocks"),
         ("--device meta", "choose cuda, cpu or mps"),
         ("--device cuda:99", "--device"),

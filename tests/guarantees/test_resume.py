@@ -162,6 +162,14 @@ def test_memory_flags_may_change_on_resume(world, tmp_path):
         ).code
         == 0
     )
+    written = json.loads((tmp_path / "run" / "run.json").read_text())["settings"]
+    assert (written["micro_batch_size"], written["checkpoint_blocks"]) == (1, "all")
+
+
+def test_targets_may_be_typed_again_with_commas(world, tmp_path):
+    targets = ("--targets", "q_proj,v_proj")
+    assert interrupt(2, *flags(world, tmp_path / "run"), *targets).code == 130
+    assert run("--resume", tmp_path / "run", *targets).code == 0
 
 
 def test_nothing_to_resume_is_not_a_new_start(world, tmp_path):

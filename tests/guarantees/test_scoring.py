@@ -57,6 +57,16 @@ def test_a_larger_limit_goes_on_from_the_smaller(benchmark, tmp_path):
     assert steps["tasks"] == once["tasks"]
 
 
+def test_a_smaller_limit_shows_its_scores_and_leaves_the_larger_ones(benchmark, tmp_path):
+    score_base(benchmark, tmp_path)
+    before = tree(tmp_path)
+    command = ("--ckpt", benchmark / "toy", "--data", benchmark / "tests", "--out", tmp_path)
+    shown = score(*command, "--tasks", "boolq,piqa", "--limit", "2")
+    assert shown.code == 0 and f"not saved: {tmp_path}/results.json has the scores of" in shown.out
+    assert [line.count(" 2 |") for line in shown.out.splitlines() if "| boolq" in line] != [0]
+    assert tree(tmp_path) == before
+
+
 def test_scoring_one_task_again_keeps_the_scores_of_the_others(benchmark, tmp_path):
     whole, _ = score_base(benchmark, tmp_path, "--limit", "2")
     again, _ = score_base(benchmark, tmp_path, "--limit", "2", "--tasks", "boolq")
@@ -103,7 +113,7 @@ def test_scores_of_another_prompt_or_precision_are_not_mixed(benchmark, tmp_path
     score_base(benchmark, tmp_path, "--limit", "2")
     command = ("--ckpt", benchmark / "toy", "--data", benchmark / "tests", "--out", tmp_path)
     for change in (("--prompt", "dora"), ("--dtype", "bf16")):
-        refused(score(*command, *change), 2, "holds scores of")
+        refused(score(*command, *change), 2, "holds scores with", "choose another --out")
 
 
 def test_scores_of_another_adapter_or_of_changed_questions_are_not_gone_on_with(
@@ -114,7 +124,7 @@ def test_scores_of_another_adapter_or_of_changed_questions_are_not_gone_on_with(
     assert score(*command).code == 0
     questions = (copy.tests / "boolq.json").read_text()
     (copy.tests / "boolq.json").write_text(questions.replace("cats", "bats"))
-    refused(score(*command), 2, "boolq")
+    refused(score(*command), 2, "of another test file for boolq; choose another --out")
     (copy.tests / "boolq.json").write_text(questions)
     refused(score(runs.checkpoints(whole)[1], *command[1:]), 2, "another adapter")
     assert score(*command).code == 0
@@ -197,6 +207,12 @@ def test_an_unfinished_run_is_called_so_and_its_old_score_is_not_shown_once_it_w
     assert row["steps"] == "10 of 12" and row["method"] == "rora"
 
 
+def test_the_table_takes_the_folder_that_out_named(benchmark, tmp_path):
+    score_base(benchmark, tmp_path / "apart", "--limit", "2")
+    (row,) = cells(tmp_path / "apart")
+    assert row["run"] == "apart" and row["n"] == "16" and row["mean"] != "–"
+
+
 def test_the_mean_is_of_the_scores_that_stand_beside_it(benchmark, tmp_path):
     score_base(benchmark, tmp_path / "run" / "eval", "--limit", "2")
     path = tmp_path / "run" / "eval" / "results.json"
@@ -229,7 +245,7 @@ def test_exact_asks_each_question_alone_and_is_kept_apart(world, whole, tmp_path
     assert said[0] == said[1]
     facts = json.loads((tmp_path / "once" / "results.json").read_text())
     assert (facts["exact"], facts["batches"]) == (True, "each question alone")
-    refused(score(*once[:-3], *once[-2:]), 2, "answers with --exact")
+    refused(score(*once[:-3], *once[-2:]), 2, "scores with --exact")
     refused(score(*once, "--batch-size", 3), 2, "--batch-size has no effect")
 
 

@@ -39,6 +39,9 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_later(world, whole, tmp_p
     number = getattr(signal, name)
     result = interrupt(2, *flags(world, tmp_path / "run", **SHORT), with_signal=number)
     assert result.code == 128 + number and "--resume" in result.out
+    called = "Ctrl-C" if name == "SIGINT" else name
+    assert f"{called}: stops when this step" in result.err  # a step may take a minute
+    assert f"{called} again ends at once" in result.err
     assert run("--resume", tmp_path / "run").code == 0
     assert outcome(tmp_path / "run") == outcome(whole)
 

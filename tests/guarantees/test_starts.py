@@ -1,6 +1,7 @@
 """Before the first step: what does not fit is said in time, and a failed start leaves nothing."""
 
 import json
+import re
 import resource
 import shutil
 from contextlib import nullcontext
@@ -161,6 +162,16 @@ def test_positions_that_the_model_was_not_made_for_are_told(world, tmp_path):
     assert result.code == 0 and "made for 40 positions" in result.out
     result = score(tmp_path / "run", "--data", world.tests, "--tasks", "piqa", "--limit", 1)
     assert result.code == 0 and "beyond the 40 positions" in result.out
+
+
+def test_a_check_counts_an_epoch_s_tokens_once_however_few_fill_a_batch(
+    world, tmp_path, monkeypatch
+):
+    command = flags(world, tmp_path / "run", epochs=30, batch_size=1000)
+    said = run(*command, "--check").out.replace(",", "")
+    tokens = int(re.search(r"(\d+) tokens an epoch", said)[1])
+    monkeypatch.setattr(jobs, "measure", lambda *a: tokens / 60)  # an epoch a minute
+    assert "about 30.0 minutes" in run(*command, "--check").out
 
 
 def test_a_check_takes_the_command_that_it_stands_before(world, tmp_path):
