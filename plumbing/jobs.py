@@ -301,8 +301,8 @@ def refuse_existing(folder: Path, overwrite: bool | None) -> None:
         raise run_folder.RunError(f"{folder} exists and is not a run; choose another --out")
     if not overwrite:
         raise run_folder.RunError(
-            f"{folder} exists: --resume {folder} goes on with it, --overwrite starts anew, --out "
-            "DIR goes elsewhere"
+            f"{folder} exists: --resume {folder} goes on with it as it was started, --overwrite "
+            "starts anew, --out DIR goes elsewhere"
         )
 
 
