@@ -514,8 +514,8 @@ def score(args: argparse.Namespace) -> int:
         if processes.first():
             run_folder.remove_debris(out)
             run_folder.write_json(out / "settings.json", check_same(out, identity))
-            results |= scored_before(out, args.limit) | identity
-            fuller = fuller_scores(out, args.limit)
+            scored, fuller = scored_before(out, args.limit)
+            results |= scored | identity
         processes.wait()
         try:
             for task, examples in tests.items():
@@ -538,24 +538,19 @@ def score(args: argparse.Namespace) -> int:
     return 0
 
 
-def scored_before(out: Path, limit: int | None) -> dict:
-    """The scores of other tasks in this folder, if they are of as many questions."""
+def scored_before(out: Path, limit: int | None) -> tuple[dict, str | None]:
+    """(the scores of other tasks in this folder, if they are of as many questions; of how many they
+    are, if of more than `limit`)."""
     path = out / "results.json"
     before = read_json(path) if path.is_file() else {}
-    if before.get("limit") != limit:
-        return {}
-    return {k: v for k, v in before.items() if k == "tasks" or k.endswith("_sha256")}
-
-
-def fuller_scores(out: Path, limit: int | None) -> str | None:
-    """How many questions this folder's scores are of, where that is more than `limit`."""
-    path = out / "results.json"
-    before = read_json(path) if limit and path.is_file() else {}
-    if not before.get("tasks"):
-        return None
-    if (most := before.get("limit")) is None:
-        return "all questions"
-    return f"{most} questions a task" if isinstance(most, int) and most > limit else None
+    most = before.get("limit")
+    if most == limit:
+        kept = {k: v for k, v in before.items() if k == "tasks" or k.endswith("_sha256")}
+        return kept, None
+    if limit and before.get("tasks") and most is None:
+        return {}, "all questions"
+    fuller = limit and before.get("tasks") and isinstance(most, int) and most > limit
+    return {}, f"{most} questions a task" if fuller else None
 
 
 def count_answers(task: str, examples: list[dict], said: dict[int, str], results: dict) -> None:

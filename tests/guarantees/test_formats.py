@@ -90,6 +90,8 @@ def test_a_checkpoint_is_found_under_the_hubs_name_and_its_adapter_says_so(world
     assert run("--merge", "alone", "--out", "merged").code == 0
     absent = run(*flags(world, "s", ckpt="some-one/other"))
     refused(absent, 3, "./weights_download.sh some-one/other fetches it")
+    file = run(*flags(world, "s", ckpt=world.data))
+    refused(file, 3, "is a file: name the folder")
 
 
 def test_an_adapter_of_a_named_checkpoint_carries_the_name_that_others_know(world, tmp_path):

@@ -174,6 +174,12 @@ def test_a_check_counts_an_epoch_s_tokens_once_however_few_fill_a_batch(
     assert "about 30.0 minutes" in run(*command, "--check").out
 
 
+def test_holding_out_more_than_is_trained_on_is_told(world, tmp_path):
+    for held_out, told in ((13, False), (14, True)):
+        result = run(*flags(world, tmp_path / "run", **SHORT, val_size=held_out), "--check")
+        assert result.code == 0 and ("more records are held out" in result.out) == told
+
+
 def test_a_check_takes_the_command_that_it_stands_before(world, tmp_path):
     command = flags(world, tmp_path / "run", **SHORT, targets="q_proj,v_proj")
     assert run(*command, "--check").code == 0 and not (tmp_path / "run").exists()
